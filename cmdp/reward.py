@@ -1,0 +1,121 @@
+"""The modified reward and the group advantage (method, sections 3 and 6).
+
+A reward has two parts that a trainer treats differently. Its value, token by token, enters the policy gradient as any
+reward would. Where it charges a divergence, that divergence also depends on the student directly, and the
+`weight` says with which factor its gradient enters the objective (the single-step part of section 4 (c)).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cmdp.budget import cumulative_cost, discount_factors
+
+FORMS = ("exhausted", "overshoot", "lagrangian")
+
+
+class ModifiedReward(NamedTuple):
+    """What `modified_reward` gives for B trajectories of T tokens."""
+
+    reward: Tensor  # r~_t, (B, T)
+    weight: Tensor  # what multiplies grad Phi(s_t) in -grad J~, (B, T), >= 0
+    over: Tensor  # whether the budget is exhausted once step t is paid, (B, T) of bool
+
+    @property
+    def total(self) -> Tensor:
+        """sum_t r~_t, (B,)."""
+        return self.reward.sum(dim=1)
+
+
+def modified_reward(
+    task_reward: Tensor,
+    cost: Tensor,
+    mask: Tensor,
+    budget: Tensor,
+    *,
+    lam: float,
+    penalty: float = 0.0,
+    form: str = "exhausted",
+    phi: Tensor | None = None,
+    discount: float = 1.0,
+) -> ModifiedReward:
+    """The reward that the student maximises, with over_t = 1{C_t > d}:
+
+    - `exhausted` (section 3): r~_t = (1 - over_t) r_t - over_t (n_t + lam Phi_t), with n charged once, at the first
+      exhausted token;
+    - `overshoot` (ours): r~ = 1{C <= d} R - n 1{C > d} - lam max(0, C - d), at the last token. It charges every token
+      of a violating trajectory, also those that spent the budget, and does not jump in theta;
+    - `lagrangian`: r~_t = r_t - lam gamma^(t-1) c_t. The budget plays no part: the soft constraint of the baselines.
+
+    With an infinite budget and lam = penalty = 0 each is r_t: R at the last token, 0 before. An empty completion has no
+    last token; its R stands at the first column, so that its total is what plain GRPO would give it.
+
+    Args:
+        task_reward: R in [0, 1], (B,).
+        cost: c(s_t) >= 0 in nats, (B, T).
+        mask: 1 on the student's own tokens, (B, T).
+        budget: d in nats, (B,), as `trajectory_budget` gives it.
+        lam: lambda >= 0, reward per nat.
+        penalty: n >= 0, in units of reward.
+        form: one of `FORMS`.
+        phi: Phi(s_t), (B, T); the cost itself where it is not given. Only `exhausted` has a Phi of its own.
+        discount: gamma of the cumulative cost.
+
+    Raises:
+        ValueError: an unknown form, lam or penalty below 0, or a phi that the form cannot use.
+    """
+    if form not in FORMS:
+        raise ValueError(f"The reward's form is one of {FORMS}, not {form!r}.")
+    if lam < 0 or penalty < 0:
+        raise ValueError(f"lambda and the penalty n must be 0 or more, but they are {lam} and {penalty}.")
+    if phi is not None and form != "exhausted":
+        raise ValueError(f"The form {form!r} charges the cost itself and takes no Phi of its own.")
+
+    on = mask != 0
+    cost = cost.masked_fill(~on, 0.0)
+    total = cumulative_cost(cost, mask, discount)
+    over = total > budget[:, None].to(cost.dtype)
+    violated = over[:, -1]
+    # the last of the student's tokens; the first column of an empty completion
+    last = (on * torch.arange(1, on.shape[1] + 1, device=on.device)).argmax(dim=1)
+    task = torch.zeros_like(cost).scatter(1, last[:, None], task_reward[:, None].to(cost.dtype))
+
+    if form == "lagrangian":
+        weight = lam * discount_factors(mask.to(cost.dtype), discount)
+        return ModifiedReward(task - weight * cost, weight, over)
+
+    if form == "overshoot":
+        excess = (total[:, -1] - budget.to(cost.dtype)).clamp(min=0.0)
+        charge = torch.where(violated, penalty + lam * excess, 0.0)
+        reward = task.masked_fill(violated[:, None], 0.0)
+        reward = reward.scatter_add(1, last[:, None], -charge[:, None])
+        weight = lam * discount_factors(mask.to(cost.dtype), discount) * violated[:, None]
+        return ModifiedReward(reward, weight, over)
+
+    charged = over & on
+    first = charged & (charged.cumsum(dim=1) == 1)
+    phi = cost if phi is None else phi.masked_fill(~on, 0.0)
+    reward = task.masked_fill(over, 0.0) - penalty * first - lam * phi * charged
+    return ModifiedReward(reward, lam * charged.to(cost.dtype), over)
+
+
+def group_advantages(returns: Tensor, group_size: int, scale: bool = False, floor: float = 1e-4) -> Tensor:
+    """A = sum_t r~_t minus the mean of its group (section 6; GRPO, arXiv 2402.03300).
+
+    Groups are consecutive. A group in which all are equal, all violating ones included, has advantage 0. NaN marks a
+    completion that no reward function could score: it is left out of its group's mean and gets advantage 0.
+
+    Args:
+        returns: (N,), N a multiple of `group_size`.
+        group_size: G, completions a prompt.
+        scale: divide by the group's standard deviation (G - 1 in the denominator) plus `floor`.
+        floor: keeps the division finite where a group is all but equal.
+    """
+    groups = returns.view(-1, group_size)
+    centred = groups - groups.nanmean(dim=1, keepdim=True)
+    if scale:
+        count = (~centred.isnan()).sum(dim=1, keepdim=True)
+        variance = centred.square().nansum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
+        centred = centred / (variance.sqrt() + floor)
+    return centred.nan_to_num(nan=0.0).view(-1)
