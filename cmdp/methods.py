@@ -1,0 +1,62 @@
+"""Every method as a named setting of one trainer (method, section 7), so that they differ in nothing else."""
+
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# What each method sets in `CMDPConfig`; what it leaves open (lam, penalty, learning_rate) is tuned.
+METHODS = {
+    "grpo": {"reward_form": "lagrangian", "lam": 0.0},
+    "gkd": {"reward_form": "lagrangian", "lam": 1.0, "task_weight": 0.0, "long_term": False},
+    "gkd-grpo": {"reward_form": "lagrangian"},
+    "cmdp": {"reward_form": "exhausted"},
+    "cmdp-overshoot": {"reward_form": "overshoot"},
+}
+
+
+def train(
+    method: str,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[dict[str, str]],
+    is_correct,
+    checkpoints: Path,
+    resume: bool,
+    settings: dict,
+) -> list[dict]:
+    """Distil `teacher` into `student`, in place, by `method`.
+
+    Args:
+        method: a key of `METHODS`.
+        problems: the training prompts, with their answers.
+        is_correct: the task reward, `(completion, answer) -> bool`.
+        checkpoints: where the trainer keeps its checkpoints.
+        resume: go on from the last of them.
+        settings: fields of `CMDPConfig`; the method's own take precedence.
+
+    Returns:
+        The log: a dict a step.
+    """
+    from cmdp.trainer import CMDPConfig, CMDPTrainer
+
+    if method not in METHODS:
+        raise ValueError(f"The method is one of {tuple(METHODS)}, not {method!r}.")
+
+    def task_reward(completions: list[str], answer: list[str], **_) -> list[float]:
+        return [float(is_correct(completion, right)) for completion, right in zip(completions, answer, strict=True)]
+
+    args = CMDPConfig(
+        output_dir=str(checkpoints),
+        gradient_checkpointing=False,
+        bf16=False,
+        report_to=[],
+        disable_tqdm=True,
+        **{**settings, **METHODS[method]},
+    )
+    trainer = CMDPTrainer(
+        student, teacher, task_reward, args, train_dataset=Dataset.from_list(problems), processing_class=tokenizer
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer.state.log_history

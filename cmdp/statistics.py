@@ -1,0 +1,69 @@
+"""Means with 95 % bootstrap intervals over seeds and prompts, from the tables that `evaluation` writes."""
+
+import numpy as np
+import pandas as pd
+
+RESAMPLES = 2000
+
+
+def with_budget(completions: pd.DataFrame, budget: float, budget_form: str = "total") -> pd.DataFrame:
+    """Add what depends on the budget: `satisfied` (C <= d), `kl` (nats a token) and `correct_within` (right and
+    satisfied: the task reward that the constraint leaves)."""
+    limit = budget if budget_form == "total" else budget * completions["tokens"]
+    satisfied = (completions["cost"] <= limit).astype(int)
+    return completions.assign(
+        satisfied=satisfied,
+        correct_within=satisfied * completions["correct"],
+        kl=completions["cost"] / completions["tokens"].clip(lower=1),
+    )
+
+
+def cells(completions: pd.DataFrame, column: str) -> np.ndarray:
+    """Mean of `column` for each seed and prompt: (seeds, prompts)."""
+    return completions.pivot_table(index="seed", columns="prompt", values=column, aggfunc="mean").to_numpy()
+
+
+def bootstrap(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> np.ndarray:
+    """Means of `values` (seeds, prompts) with seeds and prompts drawn anew, with replacement: (resamples,).
+
+    Two arrays of one shape are resampled alike under one seed, so that the difference of their bootstraps is paired.
+    """
+    rng = np.random.default_rng(seed)
+    seeds, prompts = values.shape
+    by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
+    by_prompt = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples) / prompts
+    return np.einsum("rs,sp,rp->r", by_seed, values, by_prompt, optimize=True)
+
+
+def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """(mean, low, high): the mean of `values` (seeds, prompts) and its 95 % bootstrap interval."""
+    low, high = np.quantile(bootstrap(values, seed), [0.025, 0.975])
+    return float(values.mean()), float(low), float(high)
+
+
+def summarise(completions: pd.DataFrame, budget: float, budget_form: str = "total") -> pd.DataFrame:
+    """One row a run and measure: `run`, `measure`, `mean`, `low`, `high`, `seeds`.
+
+    Args:
+        completions: the tables of all runs, with columns `run` and `seed`.
+    """
+    completions = with_budget(completions, budget, budget_form)
+    rows = []
+    for run, group in completions.groupby("run", sort=False):
+        sampled, greedy = (group[group["decoding"] == decoding] for decoding in ("sampled", "greedy"))
+        measures = {
+            "accuracy": (sampled, "correct"),
+            "csr": (sampled, "satisfied"),
+            "accuracy_within": (sampled, "correct_within"),
+            "validity": (sampled, "valid"),
+            "greedy_accuracy": (greedy, "correct"),
+            "cost": (sampled, "cost"),
+            "kl_per_token": (sampled, "kl"),
+            "entropy": (sampled, "entropy"),
+            "tokens": (sampled, "tokens"),
+            "truncated": (sampled, "truncated"),
+        }
+        for measure, (table, column) in measures.items():
+            mean, low, high = interval(cells(table, column))
+            rows.append((run, measure, mean, low, high, group["seed"].nunique()))
+    return pd.DataFrame(rows, columns=["run", "measure", "mean", "low", "high", "seeds"])

@@ -1,0 +1,115 @@
+"""Word problems over small whole numbers, generated: the default task, with a program to check every step.
+
+    Ana has 7 then gets 5 then loses 3 then times 2 . how many ?
+    so 7 + 5 = 12 ; 12 - 3 gives 9 ; next * 2 on 9 gives 18 ; # 18
+
+A solution writes one equation a step and then the answer. Each equation is phrased in one of nine ways, drawn at
+random: a teacher trained on that has entropy to lose, so that a student trained on the answer alone visibly
+drifts from it, to the phrasing that serves it best.
+"""
+
+import random
+import re
+
+NAMES = ("Ana", "Ben", "Cleo", "Dan", "Eva", "Finn")
+VERBS = {"gets": "+", "loses": "-", "times": "*"}
+LEADS = ("", "so ", "next ")
+PHRASINGS = ("{a} {op} {b} = {c}", "{a} {op} {b} gives {c}", "{op} {b} on {a} gives {c}")
+LARGEST = 30  # no number in a problem or its solution is larger
+
+_EQUATION = re.compile(
+    r"(?:so |next )?(?:(?P<a>\d+) (?P<op>[+*-]) (?P<b>\d+) (?:=|gives)"
+    r"|(?P<op2>[+*-]) (?P<b2>\d+) on (?P<a2>\d+) gives) (?P<c>\d+)"
+)
+_ANSWER = re.compile(r"# (\d+)$")
+_PROMPT = re.compile(r"has (\d+)|then (gets|loses|times) (\d+)")
+
+
+def vocabulary() -> list[str]:
+    """Every word that a prompt or a solution can hold; a word is a token."""
+    words = ["has", "then", ".", "how", "many", "?", "so", "next", "=", "gives", "on", ";", "#", *VERBS.values()]
+    return [*words, *NAMES, *VERBS, *map(str, range(LARGEST + 1))]
+
+
+def apply(a: int, op: str, b: int) -> int:
+    """The value of `a op b`."""
+    return a + b if op == "+" else a - b if op == "-" else a * b
+
+
+def draw(rng: random.Random, steps: int) -> tuple[int, list[tuple[str, int]]]:
+    """A start and `steps` operations whose running value stays within 0..LARGEST."""
+    start = value = rng.randint(1, 20)
+    operations = []
+    for _ in range(steps):
+        verbs = ["gets"] * (value + 9 <= LARGEST) + ["loses"] * (value >= 1) + ["times"] * (0 < value * 3 <= LARGEST)
+        verb = rng.choice(verbs)
+        number = rng.choice((2, 3)) if verb == "times" else rng.randint(1, min(9, value) if verb == "loses" else 9)
+        value = apply(value, VERBS[verb], number)
+        operations.append((verb, number))
+    return start, operations
+
+
+def render(rng: random.Random, start: int, operations: list[tuple[str, int]]) -> dict[str, str]:
+    """A problem as text: `prompt`, one `solution` with phrasings drawn at random, and the `answer`."""
+    prompt = f"{rng.choice(NAMES)} has {start}" + "".join(f" then {verb} {n}" for verb, n in operations)
+    value, lines = start, []
+    for verb, number in operations:
+        result = apply(value, VERBS[verb], number)
+        phrasing = rng.choice(LEADS) + rng.choice(PHRASINGS)
+        lines.append(phrasing.format(a=value, op=VERBS[verb], b=number, c=result))
+        value = result
+    return {
+        "prompt": f"{prompt} . how many ?\n",
+        "solution": " ; ".join([*lines, f"# {value}"]),
+        "answer": str(value),
+    }
+
+
+def problems(sizes: dict[str, int], steps: tuple[int, int], seed: int) -> dict[str, list[dict[str, str]]]:
+    """Draw splits of `sizes` problems with `steps` = (fewest, most) operations. No two problems have the same start and
+    operations, whoever's they are, within a split or across splits; the order of `sizes` is the order of drawing.
+
+    Raises:
+        ValueError: there are not so many different problems.
+    """
+    rng = random.Random(seed)
+    seen: set = set()
+    splits: dict[str, list] = {name: [] for name in sizes}
+    for name, size in sizes.items():
+        misses = 0
+        while len(splits[name]) < size:
+            start, operations = draw(rng, rng.randint(*steps))
+            if (key := (start, *operations)) in seen:
+                misses += 1
+                if misses > 100 * size + 1000:
+                    raise ValueError(f"Too few different problems of {steps} steps for {sizes}: ask for fewer.")
+                continue
+            seen.add(key)
+            splits[name].append(render(rng, start, operations))
+    return splits
+
+
+def is_correct(completion: str, answer: str) -> bool:
+    """Whether the completion ends in "# answer"."""
+    match = _ANSWER.search(completion.strip())
+    return match is not None and int(match[1]) == int(answer)
+
+
+def steps_are_valid(completion: str, prompt: str) -> bool:
+    """Whether the completion is a right derivation: one true equation a step of the prompt, in order, each starting
+    from the value before, with the step's operation and number, and the last value as answer.
+    """
+    found = [(m[1], m[2], m[3]) for m in _PROMPT.finditer(prompt)]
+    value, operations = int(found[0][0]), [(VERBS[verb], int(n)) for _, verb, n in found[1:]]
+    *lines, answer = completion.strip().split(" ; ")
+    if len(lines) != len(operations):
+        return False
+    for line, (op, number) in zip(lines, operations, strict=True):
+        match = _EQUATION.fullmatch(line)
+        if match is None:
+            return False
+        a, written, b = match["a"] or match["a2"], match["op"] or match["op2"], match["b"] or match["b2"]
+        if (int(a), written, int(b)) != (value, op, number) or int(match["c"]) != apply(value, op, number):
+            return False
+        value = int(match["c"])
+    return answer == f"# {value}"
