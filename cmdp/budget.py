@@ -47,7 +47,7 @@ def trajectory_budget(limit: float, mask: Tensor, form: str = "total") -> Tensor
     """
     check_budget(limit, form)
     if form == "total":
-        return torch.full((mask.shape[0],), limit, device=mask.device)
+        return torch.full((mask.shape[0],), float(limit), device=mask.device)
     length = mask.sum(dim=1)
     # an empty completion has budget 0 and cost 0, also where the limit is infinite (inf * 0 is no number)
     return torch.where(length > 0, limit * length.clamp(min=1), 0.0).to(torch.get_default_dtype())

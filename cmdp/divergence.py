@@ -72,7 +72,8 @@ def divergence_from_logits(
         return _kl(p, q)
     if kind == "forward_kl":
         return _kl(q, p)
-    m = torch.logaddexp(p + math.log(1 - jsd_beta), q + math.log(jsd_beta))
+    floor = torch.finfo(p.dtype).min  # where both are -inf, the gradient of logaddexp is NaN
+    m = torch.logaddexp(p.clamp(min=floor) + math.log(1 - jsd_beta), q.clamp(min=floor) + math.log(jsd_beta))
     return jsd_beta * _kl(q, m) + (1 - jsd_beta) * _kl(p, m)
 
 

@@ -1,0 +1,297 @@
+"""The modified reward in its three forms, and the group advantage (method, sections 3, 4 (c) and 6)."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cmdp.budget import cumulative_cost, discount_factors, trajectory_budget
+from cmdp.reward import FORMS, group_advantages, modified_reward
+
+SEEDS = st.integers(0, 2**31 - 1)
+SIZES = st.floats(0, 5)
+
+
+def random_batch(seed: int, rows: int = 5, columns: int = 8):
+    """(task_reward, cost, mask): an empty completion, a full one, tokens of a tool in between, garbage off the mask."""
+    draw = torch.Generator().manual_seed(seed)
+    mask = (torch.rand(rows, columns, generator=draw) < 0.7).long()
+    mask[0], mask[1] = 0, 1
+    cost = torch.rand(rows, columns, generator=draw, dtype=torch.float64).masked_fill(mask == 0, math.nan)
+    return torch.rand(rows, generator=draw, dtype=torch.float64), cost, mask
+
+
+def written_out(task, cost, mask, budget, lam, penalty, form, phi, discount):
+    """Section 3, one trajectory and one token at a time: rewards of one row."""
+    rewards, spent, steps, exhausted = [0.0] * len(cost), 0.0, [t for t in range(len(cost)) if mask[t]], False
+    last = steps[-1] if steps else 0
+    for order, t in enumerate(steps):
+        spent += discount**order * cost[t]
+        if form == "lagrangian":
+            rewards[t] -= lam * discount**order * cost[t]
+        elif form == "exhausted" and spent > budget:
+            rewards[t] -= lam * phi[t] + (0.0 if exhausted else penalty)
+            exhausted = True
+    if form == "overshoot" and spent > budget:
+        rewards[last] -= penalty + lam * (spent - budget)
+    if form == "lagrangian" or spent <= budget:
+        rewards[last] += task
+    return rewards
+
+
+@given(SEEDS, st.sampled_from(FORMS), SIZES, SIZES, st.floats(0, 4), st.sampled_from([1.0, 0.9]), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_reward_is_the_formula_written_out(seed, form, lam, penalty, limit, discount, own_phi):
+    task, cost, mask = random_batch(seed)
+    phi = cost.square() if own_phi and form == "exhausted" else None
+    budget = trajectory_budget(limit, mask).double()
+    given_reward = modified_reward(
+        task, cost, mask, budget, lam=lam, penalty=penalty, form=form, phi=phi, discount=discount
+    )
+    expected = [
+        written_out(
+            task[row].item(),
+            cost[row].tolist(),
+            mask[row].tolist(),
+            budget[row].item(),
+            lam,
+            penalty,
+            form,
+            (cost if phi is None else phi)[row].tolist(),
+            discount,
+        )
+        for row in range(len(task))
+    ]
+    torch.testing.assert_close(given_reward.reward, torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(given_reward.total, given_reward.reward.sum(1))
+    spent = cumulative_cost(cost, mask, discount)
+    assert torch.equal(given_reward.over, spent > budget[:, None])
+
+
+@given(SEEDS, st.sampled_from(FORMS), st.floats(0, 3), st.floats(0, 4), st.sampled_from([1.0, 0.9]))
+@settings(max_examples=100, deadline=None)
+def test_weight_is_minus_the_derivative_of_the_reward_by_the_divergence(seed, form, lam, limit, discount):
+    """By autograd through the total, at a point where no trajectory crosses: over_t is constant there."""
+    task, cost, mask = random_batch(seed)
+    budget = trajectory_budget(limit, mask)
+    cost = cost.nan_to_num(0.0).requires_grad_()
+    modified = modified_reward(task, cost, mask, budget, lam=lam, penalty=1.0, form=form, discount=discount)
+    (derivative,) = torch.autograd.grad(modified.total.sum(), cost, allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close(modified.weight.detach(), -derivative)
+    assert (modified.weight >= 0).all()
+    assert (modified.weight[mask == 0] == 0).all()
+
+
+@given(SEEDS, st.sampled_from(FORMS), st.sampled_from(["total", "per_token"]))
+@settings(max_examples=60, deadline=None)
+def test_without_penalties_and_with_an_infinite_budget_it_is_grpos_reward_exactly(seed, form, budget_form):
+    task, cost, mask = random_batch(seed)
+    budget = trajectory_budget(math.inf, mask, budget_form)
+    plain = modified_reward(task, cost, mask, budget, lam=0.0, penalty=0.0, form=form)
+    assert torch.equal(plain.total, task)
+    assert (plain.weight == 0).all()
+    assert not plain.over[mask.sum(1) > 0].any()
+    for row in range(len(task)):  # R stands at the student's last token, at the first column where there is none
+        last = mask[row].nonzero()[-1].item() if mask[row].any() else 0
+        assert plain.reward[row, last] == task[row]
+
+
+@given(SEEDS, st.sampled_from(["exhausted", "overshoot"]), SIZES, SIZES)
+@settings(max_examples=60, deadline=None)
+def test_an_infinite_budget_is_never_charged_whatever_the_penalties(seed, form, lam, penalty):
+    task, cost, mask = random_batch(seed)
+    modified = modified_reward(task, cost, mask, trajectory_budget(math.inf, mask), lam=lam, penalty=penalty, form=form)
+    assert torch.equal(modified.total, task)
+    assert (modified.weight == 0).all()
+
+
+@given(SEEDS, st.sampled_from(["exhausted", "overshoot"]), SIZES, SIZES, st.floats(0, 4))
+@settings(max_examples=60, deadline=None)
+def test_violators_earn_no_task_reward_and_the_others_all_of_it(seed, form, lam, penalty, limit):
+    task, cost, mask = random_batch(seed)
+    budget = trajectory_budget(limit, mask)
+    totals = [
+        modified_reward(reward, cost, mask, budget, lam=lam, penalty=penalty, form=form).total
+        for reward in (task, torch.zeros_like(task))
+    ]
+    violated = cumulative_cost(cost, mask)[:, -1] > budget
+    torch.testing.assert_close(totals[0][~violated], task[~violated])
+    assert torch.equal(totals[0][violated], totals[1][violated])
+    assert (totals[0][violated] <= 0).all()
+
+
+@pytest.mark.parametrize("form", ["exhausted", "overshoot"])
+def test_the_constant_penalty_is_charged_once(form):
+    cost, mask = torch.tensor([[1.0, 1.0, 1.0, 5.0]]), torch.tensor([[1, 1, 1, 0]])
+    modified = modified_reward(torch.ones(1), cost, mask, torch.tensor([0.5]), lam=0.0, penalty=3.0, form=form)
+    assert modified.total.item() == -3.0
+    first = {"exhausted": [-3.0, 0.0, 0.0, 0.0], "overshoot": [0.0, 0.0, -3.0, 0.0]}[form]
+    assert modified.reward.tolist() == [first]
+
+
+def test_the_constant_penalty_is_charged_once_to_a_cost_that_goes_up_and_down():
+    """The estimator k1 may be negative: a trajectory can exhaust its budget, recover, and exhaust it again."""
+    cost = torch.tensor([[2.0, -1.5, 2.0, -2.0]])
+    modified = modified_reward(torch.ones(1), cost, torch.ones(1, 4), torch.tensor([1.0]), lam=0.0, penalty=3.0)
+    assert modified.over.tolist() == [[True, False, True, False]]
+    assert modified.reward.tolist() == [[-3.0, 0.0, 0.0, 1.0]]
+
+
+def crossing(form: str, excess: float, lam=2.0, penalty=0.0, reward=1.0) -> float:
+    """The total of a trajectory of costs 0.4, 0.3, 0.3 + excess whose budget is 1.0, in float64."""
+    cost = torch.tensor([[0.4, 0.3, 0.3 + excess]], dtype=torch.float64)
+    return modified_reward(
+        torch.tensor([reward], dtype=torch.float64),
+        cost,
+        torch.ones(1, 3),
+        torch.tensor([1.0]),
+        lam=lam,
+        penalty=penalty,
+        form=form,
+    ).total.item()
+
+
+def test_overshoot_charges_continuously_at_a_crossing_and_the_exhausted_form_jumps_by_lambda_phi():
+    """With R = n = 0, so that the charge is all there is; R and n are jumps of both forms (next test)."""
+    step = 1e-9
+    below, above = (crossing("overshoot", sign * step, reward=0.0) for sign in (-1, 1))
+    assert below == 0.0
+    assert above == pytest.approx(0.0, abs=3 * step)
+    below, above = (crossing("exhausted", sign * step, reward=0.0) for sign in (-1, 1))
+    assert below - above == pytest.approx(2.0 * 0.3, abs=1e-8)
+
+
+@pytest.mark.parametrize(("form", "phi"), [("exhausted", 0.3), ("overshoot", 0.0)])
+def test_task_reward_and_constant_penalty_are_lost_at_a_crossing_in_both_forms(form, phi):
+    below, above = (crossing(form, sign * 1e-9, penalty=0.7) for sign in (-1, 1))
+    assert below - above == pytest.approx(1.0 + 0.7 + 2.0 * phi, abs=1e-8)
+
+
+def test_overshoot_charges_the_tokens_that_spent_the_budget_and_exhausted_only_those_after():
+    cost, mask = torch.tensor([[0.6, 0.6, 0.6]]), torch.ones(1, 3)
+    weights = {
+        form: modified_reward(torch.ones(1), cost, mask, torch.tensor([1.0]), lam=2.0, form=form).weight.tolist()
+        for form in FORMS
+    }
+    assert weights == {"exhausted": [[0.0, 2.0, 2.0]], "overshoot": [[2.0] * 3], "lagrangian": [[2.0] * 3]}
+
+
+def test_lagrangian_pays_whatever_the_budget_and_discounts_the_cost():
+    cost, mask = torch.tensor([[1.0, 1.0, 1.0]]), torch.ones(1, 3)
+    for limit in (0.0, math.inf):
+        modified = modified_reward(
+            torch.ones(1), cost, mask, torch.tensor([limit]), lam=0.5, form="lagrangian", discount=0.5
+        )
+        assert modified.reward.tolist() == [[-0.5, -0.25, 0.875]]
+        torch.testing.assert_close(modified.weight, 0.5 * discount_factors(mask, 0.5))
+
+
+def test_per_token_and_total_budgets_give_the_same_reward_where_they_are_the_same_number():
+    task, cost, mask = random_batch(3)
+    mask[:], cost = 1, cost.nan_to_num(0.5)
+    for form in FORMS:
+        first, second = (
+            modified_reward(task, cost, mask, trajectory_budget(limit, mask, name), lam=1.0, penalty=0.5, form=form)
+            for limit, name in ((2.0, "total"), (0.25, "per_token"))
+        )
+        assert torch.equal(first.reward, second.reward)
+        assert torch.equal(first.weight, second.weight)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_empty_completion_keeps_its_task_reward_at_a_budget_of_nothing(form):
+    cost, mask = torch.full((1, 3), math.nan), torch.zeros(1, 3)
+    modified = modified_reward(torch.tensor([0.25]), cost, mask, torch.zeros(1), lam=1.0, penalty=1.0, form=form)
+    assert modified.reward.tolist() == [[0.25, 0.0, 0.0]]
+    assert (modified.weight == 0).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_completion_cut_at_the_limit_is_paid_at_its_last_token(form):
+    modified = modified_reward(torch.ones(1), torch.zeros(1, 3), torch.ones(1, 3), torch.ones(1), lam=1.0, form=form)
+    assert modified.reward.tolist() == [[0.0, 0.0, 1.0]]
+
+
+def test_a_completion_without_task_reward_is_still_charged_where_it_violates():
+    """NaN says that no reward function scored it: a violator's reward does not depend on that."""
+    cost, mask, unscored = torch.ones(2, 2), torch.ones(2, 2), torch.full((2,), math.nan)
+    for form in ("exhausted", "overshoot"):
+        total = modified_reward(unscored, cost, mask, torch.tensor([0.5, 9.0]), lam=1.0, form=form).total
+        assert total[0] < 0
+        assert total[1].isnan()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lam": -1.0}, "0 or more"),
+        ({"lam": 1.0, "penalty": -1.0}, "0 or more"),
+        ({"lam": 1.0, "form": "hinge"}, "'hinge'"),
+        ({"lam": 1.0, "form": "overshoot", "phi": torch.ones(1, 2)}, "no Phi of its own"),
+        ({"lam": 1.0, "form": "lagrangian", "phi": torch.ones(1, 2)}, "no Phi of its own"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        modified_reward(torch.ones(1), torch.ones(1, 2), torch.ones(1, 2), torch.ones(1), **options)
+
+
+# ---- group advantages ----
+
+
+@given(SEEDS, st.integers(2, 6), st.integers(1, 4), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_advantages_sum_to_zero_in_each_group_and_keep_its_order(seed, size, groups, scale):
+    returns = torch.randn(size * groups, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    advantages = group_advantages(returns, size, scale).view(groups, size)
+    torch.testing.assert_close(advantages.sum(1), torch.zeros(groups, dtype=torch.float64))
+    assert torch.equal(advantages.argsort(1), returns.view(groups, size).argsort(1))
+    if not scale:
+        torch.testing.assert_close(advantages, returns.view(groups, size) - returns.view(groups, size).mean(1, True))
+
+
+@given(SEEDS, st.floats(-1e6, 1e6))
+@settings(max_examples=60, deadline=None)
+def test_advantages_do_not_see_what_a_whole_group_shares(seed, shift):
+    returns = torch.randn(8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    offset = torch.tensor([shift] * 4 + [0.0] * 4, dtype=torch.float64)
+    torch.testing.assert_close(group_advantages(returns + offset, 4), group_advantages(returns, 4), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("scale", [False, True])
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.7])
+def test_a_group_of_equals_has_no_advantage(scale, value):
+    assert group_advantages(torch.full((6,), value), 3, scale).abs().max() < 1e-2 * scale + 1e-6
+
+
+@pytest.mark.parametrize("form", ["exhausted", "overshoot"])
+def test_in_a_group_that_all_violates_the_lesser_violation_has_the_advantage(form):
+    cost = torch.tensor([[1.0, 1.0], [1.0, 2.0], [1.0, 3.0]])
+    modified = modified_reward(torch.ones(3), cost, torch.ones(3, 2), torch.zeros(3), lam=1.0, penalty=5.0, form=form)
+    torch.testing.assert_close(group_advantages(modified.total, 3), torch.tensor([1.0, 0.0, -1.0]))
+    constant = modified_reward(torch.ones(3), cost, torch.ones(3, 2), torch.zeros(3), lam=0.0, penalty=5.0, form=form)
+    assert (group_advantages(constant.total, 3) == 0).all()  # the constant penalty alone says nothing here
+
+
+def test_scaling_divides_by_the_sample_deviation_and_the_floor():
+    returns = torch.tensor([1.0, 2.0, 4.0])
+    expected = (returns - returns.mean()) / (returns.std() + 0.5)
+    torch.testing.assert_close(group_advantages(returns, 3, True, floor=0.5), expected)
+
+
+@pytest.mark.parametrize("scale", [False, True])
+def test_an_unscored_completion_is_left_out_of_its_group(scale):
+    advantages = group_advantages(torch.tensor([1.0, math.nan, 3.0, 5.0, 5.0, 7.0]), 3, scale)
+    assert advantages[1] == 0.0
+    pair = group_advantages(torch.tensor([1.0, 3.0]), 2, scale)
+    torch.testing.assert_close(advantages[[0, 2]], pair)
+    others = group_advantages(torch.tensor([5.0, 5.0, 7.0]), 3, scale)
+    torch.testing.assert_close(advantages[3:], others)
+
+
+@pytest.mark.parametrize("scale", [False, True])
+def test_groups_with_one_score_or_none_have_no_advantage(scale):
+    nan = math.nan
+    assert group_advantages(torch.tensor([nan, nan, nan, 2.0, nan, nan]), 3, scale).tolist() == [0.0] * 6
