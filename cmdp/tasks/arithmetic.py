@@ -17,11 +17,12 @@ LEADS = ("", "so ", "next ")
 PHRASINGS = ("{a} {op} {b} = {c}", "{a} {op} {b} gives {c}", "{op} {b} on {a} gives {c}")
 LARGEST = 30  # no number in a problem or its solution is larger
 
+# Completions are anyone's text: a number has at most nine digits, since `int` raises past some thousands of them.
 _EQUATION = re.compile(
-    r"(?:so |next )?(?:(?P<a>\d+) (?P<op>[+*-]) (?P<b>\d+) (?:=|gives)"
-    r"|(?P<op2>[+*-]) (?P<b2>\d+) on (?P<a2>\d+) gives) (?P<c>\d+)"
+    r"(?:so |next )?(?:(?P<a>[0-9]{1,9}) (?P<op>[+*-]) (?P<b>[0-9]{1,9}) (?:=|gives)"
+    r"|(?P<op2>[+*-]) (?P<b2>[0-9]{1,9}) on (?P<a2>[0-9]{1,9}) gives) (?P<c>[0-9]{1,9})"
 )
-_ANSWER = re.compile(r"# (\d+)$")
+_ANSWER = re.compile(r"(?<!\S)# ([0-9]{1,9})$")
 _PROMPT = re.compile(r"has (\d+)|then (gets|loses|times) (\d+)")
 
 
@@ -76,15 +77,16 @@ def problems(sizes: dict[str, int], steps: tuple[int, int], seed: int) -> dict[s
     seen: set = set()
     splits: dict[str, list] = {name: [] for name in sizes}
     for name, size in sizes.items():
-        misses = 0
+        misses = 0  # in a row
         while len(splits[name]) < size:
             start, operations = draw(rng, rng.randint(*steps))
             if (key := (start, *operations)) in seen:
                 misses += 1
-                if misses > 100 * size + 1000:
+                if misses > 100_000:
                     raise ValueError(f"Too few different problems of {steps} steps for {sizes}: ask for fewer.")
                 continue
             seen.add(key)
+            misses = 0
             splits[name].append(render(rng, start, operations))
     return splits
 
