@@ -213,8 +213,8 @@ def tilt(
     """max over pi with KL(pi || pi_T) <= kappa of sum_a pi(a) v(a), M problems at once (section 5).
 
     The maximiser is pi ~ pi_T exp(eta v) with KL = kappa. eta is found by Newton's method inside a bracket, on
-    sqrt(2 KL) for a small kappa and else on the logit of KL / max KL: each is nearly linear in eta there. However far it got,
-    `lower` is attained by `policy`, which satisfies KL <= kappa, and `upper` is the dual bound
+    sqrt(2 KL) for a small kappa and else on the logit of KL / max KL: each is nearly linear in eta there. However far
+    it got, `lower` is attained by `policy`, which satisfies KL <= kappa, and `upper` is the dual bound
     min_eta (log E_T exp(eta v) + kappa) / eta at the last eta: both hold.
 
     Args:

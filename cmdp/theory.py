@@ -169,19 +169,18 @@ def refinement(parameters: dict) -> dict[str, pd.DataFrame]:
 
 
 def timing(parameters: dict) -> pd.DataFrame:
-    """Seconds and peak memory of one dynamic program (both bounds) as V, H and the grid grow."""
+    """Seconds and peak memory of one dynamic program as V, H and the grid of budgets grow."""
     rows = []
     for vocab, depth, levels in parameters["timing"]:
         trees = make_trees(parameters, 1, stream=3, shape=(vocab, depth, False))
         grid = budget_grid(parameters, parameters["budgets"][-1], levels)
+        tracemalloc.start()  # NumPy's few and large allocations make this next to free
         start = time.perf_counter()
         budgeted_values(trees, grid)
-        lower = time.perf_counter() - start
-        tracemalloc.start()
-        budgeted_values(trees, grid, "upper")
+        seconds = time.perf_counter() - start
         peak = tracemalloc.get_traced_memory()[1] / 2**20
         tracemalloc.stop()
-        rows.append((vocab, depth, levels, len(trees.paths.child), len(trees.paths.state), lower, peak))
+        rows.append((vocab, depth, levels, len(trees.paths.child), len(trees.paths.state), seconds, peak))
     columns = ["vocab", "depth", "levels", "states", "sequences", "seconds", "peak_mib"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -394,7 +393,8 @@ def exact_penalty(parameters: dict) -> dict[str, pd.DataFrame]:
 
     The maximiser earns W_lambda >= V; the least lambda with W_lambda <= V + tolerance is found by bisection. At the
     optimum one nat more at s would earn 1 / eta(s), its price; the greatest over the states whose children are all ends
-    is what theory says lambda has to exceed.
+    is what theory says lambda has to exceed. Section 3's form and the overshoot form forfeit R beyond the budget; their
+    maximisers keep it at every lambda > 0, so that there is nothing to measure (see `penalty_bound`).
     """
     settings = parameters["exact_penalty"]
     trees = make_trees(parameters, settings["trees"], stream=9)
@@ -423,7 +423,9 @@ def exact_penalty(parameters: dict) -> dict[str, pd.DataFrame]:
             enough = gain(np.exp(middle)) <= settings["tolerance"]
             low, high = np.where(enough, low, middle), np.where(enough, middle, high)
         prices = np.where(np.isfinite(attained.price), attained.price, 0.0)
+        resolved = np.isfinite(attained.price[:, last]).all(1)  # no price lies below the grid's first step
         columns = {"budget": budget, "tree": range(number), "threshold": np.exp(high), "root_price": prices[:, 0]}
+        columns["resolved"] = resolved
         thresholds.append(pd.DataFrame(columns | {"greatest_price": prices[:, last].max(1)}))
     return {"exact_penalty_gain": pd.concat(gains), "exact_penalty": pd.concat(thresholds)}
 
@@ -483,16 +485,18 @@ def trained(
     method: str,
     steps: int,
     samples: int,
+    start_noise: float,
     streams: tuple[int, int],
 ) -> dict[str, np.ndarray]:
     """Train a student for every tree and every row of choice (C, 2) and budgets (C,): outcomes, each (C, N).
 
     Args:
+        start_noise: standard deviation of the students' logits around the teacher's before training.
         streams: of the students' start, the same for every method, and of the samples.
     """
     settings, number = parameters["learners"], len(trees.reward)
     noise = torch.randn(trees.teacher.shape, generator=generator(parameters, streams[0]), dtype=torch.float64)
-    start = trees.teacher + settings["start_noise"] * noise
+    start = trees.teacher + start_noise * noise
     many, limits = repeat(trees, len(choice)), budgets.repeat(number)
     strength, rate = torch.from_numpy(choice).repeat(number, 1).unbind(1)
     logits = learn(
@@ -521,17 +525,18 @@ def learners(parameters: dict) -> dict[str, pd.DataFrame]:
     budgets = torch.tensor(parameters["budgets"], dtype=torch.float64)
     tuning, test = make_trees(parameters, settings["tuning_trees"], stream=10), test_trees(parameters)
     tuned, judged = [], []
-    for samples, steps in zip(settings["samples"], settings["steps"], strict=True):
-        for index, method in enumerate(settings["methods"]):
+    for number, (variant, setting) in enumerate(settings["variants"].items()):
+        setting = dict(setting)
+        for index, method in enumerate(setting.pop("methods", settings["methods"])):
             options = trials(parameters, method)
 
             # rows: budget by budget, trial by trial
             choice = np.array(options * len(budgets))
-            sampler = 100 * (samples > 0) + index
-            train = partial(trained, parameters, method=method, steps=steps, samples=samples)
+            sampler = 100 * number + index
+            train = partial(trained, parameters, method=method, **setting)
             found = train(tuning, choice, budgets.repeat_interleave(len(options)), streams=(11, 11000 + sampler))
             sweep = pd.DataFrame(
-                {"method": method, "samples": samples, "budget": budgets.repeat_interleave(len(options))}
+                {"method": method, "variant": variant, "budget": budgets.repeat_interleave(len(options))}
             )
             sweep = sweep.assign(strength=choice[:, 0], learning_rate=choice[:, 1])
             sweep = sweep.assign(**{name: value.mean(1) for name, value in found.items()})
@@ -544,7 +549,7 @@ def learners(parameters: dict) -> dict[str, pd.DataFrame]:
 
             found = train(test, choice[best], budgets, streams=(12, 12000 + sampler))
             for row, budget in enumerate(parameters["budgets"]):
-                columns = {"method": method, "samples": samples, "budget": budget, "tree": range(len(test.reward))}
+                columns = {"method": method, "variant": variant, "budget": budget, "tree": range(len(test.reward))}
                 columns |= {"strength": choice[best[row], 0], "learning_rate": choice[best[row], 1]}
                 judged.append(pd.DataFrame(columns | {name: value[row] for name, value in found.items()}))
     return {"tuning": pd.concat(tuned), "learners": pd.concat(judged)}
@@ -563,7 +568,9 @@ def learners_table(folder: Path, resamples: int, seed: int) -> pd.DataFrame:
     optimum, judged = read(folder / "optimum.csv"), read(folder / "learners.csv")
     ideal = []
     for name in ("never", "rarely", "on_average"):
-        table = optimum[["tree", "budget"]].assign(method=f"soft optimum, {name.replace('_', ' ')}", samples=0)
+        table = optimum[["tree", "budget"]].assign(
+            method=f"soft optimum, {name.replace('_', ' ')}", variant="closed form"
+        )
         ideal.append(table.assign(reward=optimum[f"soft_{name}"], violation=optimum[f"soft_{name}_violation"]))
     both = pd.concat([judged, *ideal]).merge(optimum[["tree", "budget", "lower", "upper"]], on=["tree", "budget"])
     trees = optimum["tree"].nunique()
@@ -573,10 +580,10 @@ def learners_table(folder: Path, resamples: int, seed: int) -> pd.DataFrame:
     rows = []
     everything = [(None, both)] + list(both.groupby("budget"))
     for budget, part in everything:
-        for (samples, method), table in part.groupby(["samples", "method"], sort=False):
+        for (variant, method), table in part.groupby(["variant", "method"], sort=False):
             sums = table.groupby("tree")[["reward", "violation", "lower", "upper"]].mean().sort_index().to_numpy()
             reward, violation, lower, upper = sums[drawn].mean(1).T  # the first is the estimate itself
-            row = {"budget": "all" if budget is None else budget, "samples": samples, "method": method, "trees": trees}
+            row = {"budget": "all" if budget is None else budget, "variant": variant, "method": method, "trees": trees}
             for name, value in (("of_optimum", reward / lower), ("of_upper", reward / upper), ("csr", 1 - violation)):
                 row |= {
                     name: value[0],
@@ -593,6 +600,7 @@ def summarise(folder: Path) -> dict:
     gradients, augmented = read(folder / "gradient.csv"), read(folder / "augmentation.csv")
     thresholds = read(folder / "exact_penalty.csv")
     parameters = json.loads((folder / "optimum.csv").open().readline()[2:])
+    resolved = thresholds[thresholds["resolved"]]
     smooth = gradients[~gradients["crossing"]]
     error = (smooth["formula"] - smooth["difference"]).abs() / smooth["difference"].abs().clip(lower=1e-3)
     positive = bound[bound["n"] > 0]
@@ -633,6 +641,12 @@ def summarise(folder: Path) -> dict:
         "exact_penalty": {
             name: [float(x) for x in np.quantile(thresholds[name], [0.1, 0.5, 0.9, 1.0])]
             for name in ("threshold", "greatest_price", "root_price")
+        }
+        | {
+            "rank_correlation_where_resolved": float(
+                resolved[["threshold", "greatest_price"]].corr(method="spearman").iloc[0, 1]
+            ),
+            "resolved": float(thresholds["resolved"].mean()),
         },
         "learners": table.to_dict(orient="records"),
     }
