@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from cmdp.budget import cumulative_cost
+from cmdp.budget import cumulative_cost, trajectory_budget
 from cmdp.divergence import divergence_from_hidden, lm_head
+from cmdp.reward import modified_reward
 
 # Quantiles over trajectories that the table of cumulative costs keeps at each position
 QUANTILES = (0.1, 0.5, 0.9)
@@ -119,6 +120,51 @@ def score(
         logps = heads[0].logits(hidden[0][row]).log_softmax(-1)
         entropy[row] = -(logps.exp() * logps).sum(-1) * mask[row]
     return cost, entropy
+
+
+def ledger(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problem: dict[str, str],
+    task: ModuleType,
+    settings: dict,
+    max_completion_length: int,
+    seed: int,
+) -> pd.DataFrame:
+    """Sample one completion and account for it token by token.
+
+    Args:
+        settings: `budget`, `budget_form`, `lam` and, optionally, `penalty`.
+
+    Returns:
+        A row a token: `token`, its `cost`, `cumulative` cost C_t and `remaining` budget z_t in nats, and what the two
+        forms of the modified reward pay for it, `exhausted` and `overshoot`.
+    """
+    torch.manual_seed(seed)
+    ids, attention, completion_ids, mask = generate(student, tokenizer, [problem["prompt"]], True, max_completion_length)
+    with torch.no_grad():
+        cost, _ = score(student, teacher, len(tokenizer), ids, attention, mask)
+    text = tokenizer.decode(completion_ids[0], skip_special_tokens=True)
+    right = torch.tensor([float(task.is_correct(text, problem["answer"]))])
+    budget = trajectory_budget(settings["budget"], mask, settings["budget_form"])
+    length = int(mask.sum())
+    rewards = {
+        form: modified_reward(
+            right, cost, mask, budget, lam=settings["lam"], penalty=settings.get("penalty", 0.0), form=form
+        ).reward[0, :length]
+        for form in ("exhausted", "overshoot")
+    }
+    total = cumulative_cost(cost, mask)[0, :length]
+    return pd.DataFrame(
+        {
+            "token": tokenizer.convert_ids_to_tokens(completion_ids[0, :length]),
+            "cost": cost[0, :length],
+            "cumulative": total,
+            "remaining": budget[0] - total,
+            **rewards,
+        }
+    )
 
 
 def _positions(curves: list[tuple[Tensor, Tensor]]) -> pd.DataFrame:

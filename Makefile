@@ -1,0 +1,44 @@
+# Needs Python 3.11 to 3.13, git and make. Everything else is installed into .venv, from requirements.lock.
+#
+#   make repro   rebuild the default experiment: models, results, figures, notebooks
+#   make smoke   the same pipeline, tiny, in a copy under .smoke/ that leaves your results alone
+#   make test    the tests
+#   make lint    ruff
+
+PYTHON ?= python3
+JOBS ?= 2
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export DVC_NO_ANALYTICS := 1
+export HF_HUB_OFFLINE := 1
+
+.PHONY: setup repro smoke test lint lab
+
+setup: $(BIN)/.ready
+
+$(BIN)/.ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+repro: setup
+	./repro.sh $(JOBS)
+
+smoke: setup
+	rm -rf .smoke && mkdir .smoke
+	git ls-files --cached --others --exclude-standard -z | grep -zv -e '^results/' -e '^figures/' -e '^dvc.lock$$' \
+		| xargs -0 cp --parents --target-directory .smoke 2>/dev/null || true
+	cmdp --overlay profiles/smoke.yaml overlay > .smoke/params.yaml
+	cd .smoke && git init --quiet && PYTHONPATH=$(CURDIR)/.smoke ./repro.sh $(JOBS)
+	@echo "The pipeline ran: see .smoke/results and .smoke/figures."
+
+test: setup
+	pytest
+
+lint: setup
+	ruff check .
+	ruff format --check .
+
+lab: setup
+	jupyter lab notebooks

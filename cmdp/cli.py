@@ -1,0 +1,263 @@
+"""The `cmdp` command: one subcommand a pipeline stage. `cmdp --help` lists them, dvc.yaml runs them.
+
+Every number comes from params.yaml. A stage writes its outputs beside their place and moves them there when they are
+whole, so that nothing half-written passes for finished; training stages keep checkpoints under checkpoints/ and, run
+again after an interruption, go on from the last.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from cmdp.storage import checkpoint_folder, provenance, whole, write_json, write_table
+
+DATA, MODELS, RESULTS, FIGURES = (Path(name) for name in ("data", "models", "results", "figures"))
+LOGGED = (  # columns of a training log that depend on nothing but the seed; the rest are times
+    "step",
+    "task_reward",
+    "modified_reward",
+    "csr",
+    "cost/mean",
+    "cost/q50",
+    "cost/q90",
+    "kl_per_token",
+    "remaining_budget",
+    "over_budget_tokens",
+    "entropy",
+    "completions/mean_length",
+    "loss/policy",
+    "loss/single_step",
+    "grad_norm",
+)
+
+
+def data(params: dict, _: argparse.Namespace) -> None:
+    """Draw the problems: disjoint splits for supervised learning, training, validation and test."""
+    from cmdp.tasks import load_task
+
+    settings = params["task"]
+    splits = load_task(settings["name"]).problems(settings["sizes"], tuple(settings["steps"]), settings["seed"])
+    with whole(DATA) as folder:
+        for name, rows in splits.items():
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def supervised(params: dict, arguments: argparse.Namespace) -> None:
+    """Train the teacher or the student on solutions."""
+    from cmdp.models import build_model, build_tokenizer
+    from cmdp.supervised import train_supervised
+    from cmdp.tasks import load_task, read_problems
+
+    role = arguments.role
+    shape = {key: params[role][key] for key in ("layers", "hidden", "heads")}
+    settings = params["supervised"] | {key: params[role][key] for key in ("max_steps", "learning_rate")}
+    tokenizer = build_tokenizer(load_task(params["task"]["name"]).vocabulary())
+    model = build_model(tokenizer, **shape, seed=settings["seed"])
+    problems = read_problems(DATA / "supervised.jsonl")
+    checkpoints, resume = checkpoint_folder(role, shape | settings, [DATA / "supervised.jsonl"])
+    log = train_supervised(model, tokenizer, problems, checkpoints, resume, settings)
+    with whole(MODELS / role) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    print(f"{role}: {model.num_parameters()} parameters, last losses {[r['loss'] for r in log if 'loss' in r][-3:]}")
+    shutil.rmtree(checkpoints)
+
+
+def run_settings(params: dict, run: str, seed: int) -> tuple[str, dict]:
+    """The method of a run and the `CMDPConfig` fields that it is trained with."""
+    settings = dict(params["runs"][run] or {})
+    method = settings.pop("method", run)
+    return method, {**params["train"], **params["budget"], **settings, "seed": seed}
+
+
+def train(params: dict, arguments: argparse.Namespace) -> None:
+    """Distil the student by one run's method and seed."""
+    from cmdp import methods
+    from cmdp.models import load_pair
+    from cmdp.tasks import load_task, read_problems
+
+    run, name = arguments.run, f"{arguments.run}-{arguments.seed}"
+    method, settings = run_settings(params, run, arguments.seed)
+    student, teacher, tokenizer = load_pair(MODELS / "student", MODELS / "teacher")
+    log = []
+    if method != "sft":
+        inputs = [DATA / "train.jsonl", *MODELS.glob("student/*"), *MODELS.glob("teacher/*")]
+        checkpoints, resume = checkpoint_folder(name, {"method": method, **settings}, inputs)
+        task = load_task(params["task"]["name"])
+        problems = read_problems(DATA / "train.jsonl")
+        log = methods.train(
+            method, student, teacher, tokenizer, problems, task.is_correct, checkpoints, resume, settings
+        )
+    log = pd.DataFrame([entry for entry in log if "csr" in entry])
+    times = [column for column in log if column.startswith("time/")]
+    write_table(log.reindex(columns=LOGGED), RESULTS / "training" / f"{name}.csv")
+    write_table(log.reindex(columns=["step", *times]), MODELS / "timing" / f"{name}.csv")
+    with whole(MODELS / "runs" / name) as folder:
+        student.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    if method != "sft":
+        shutil.rmtree(checkpoints)
+
+
+def evaluate(params: dict, arguments: argparse.Namespace) -> None:
+    """Measure one run on held-out prompts: the test split, or in tuning the validation split."""
+    from cmdp.evaluation import evaluate as measure
+    from cmdp.models import load_pair
+    from cmdp.tasks import load_task, read_problems
+
+    name = f"{arguments.run}-{arguments.seed}"
+    student, teacher, tokenizer = load_pair(MODELS / "runs" / name, MODELS / "teacher")
+    completions, positions = measure(
+        student,
+        teacher,
+        tokenizer,
+        load_task(params["task"]["name"]),
+        read_problems(DATA / f"{params['evaluate']['split']}.jsonl")[: params["evaluate"]["prompts"]],
+        params["evaluate"]["samples"],
+        params["train"]["max_completion_length"],
+        params["evaluate"]["batch_size"],
+        arguments.seed,
+    )
+    for table, folder in ((completions, "runs"), (positions, "positions")):
+        table.insert(0, "run", arguments.run)
+        table.insert(1, "seed", arguments.seed)
+        write_table(table, RESULTS / folder / f"{name}.csv")
+
+
+def collect(params: dict, _: argparse.Namespace) -> None:
+    """Gather all runs: summary, metrics, training curves, times, provenance."""
+    from cmdp.statistics import summarise
+
+    budget, form = params["budget"]["budget"], params["budget"]["budget_form"]
+    completions = gather(RESULTS / "runs", params)
+    summary = summarise(completions, budget, form)
+    write_table(summary, RESULTS / "summary.csv")
+    nested = {
+        run: {row.measure: round(row.mean, 4) for row in group.itertuples()}
+        for run, group in summary.groupby("run", sort=False)
+    }
+    write_json(nested, RESULTS / "metrics.json")
+    write_table(gather(RESULTS / "training", params), RESULTS / "curves.csv")
+    write_table(gather(RESULTS / "positions", params), RESULTS / "positions.csv")
+    times = gather(MODELS / "timing", params)
+    times = times.groupby("run", sort=False).median(numeric_only=True).drop(columns=["seed", "step"])
+    write_table(times.reset_index(), RESULTS / "timing.csv")
+    write_json(provenance(), RESULTS / "provenance.json")
+
+
+def figures(params: dict, _: argparse.Namespace) -> None:
+    """Draw every figure of the default experiment from its results files."""
+    from cmdp import figures as draw
+
+    draw.draw_all(RESULTS, FIGURES / "default", params["budget"]["budget"])
+
+
+def theory(params: dict, _: argparse.Namespace) -> None:
+    """Check the guarantees on token trees and set the learners against the exact optimum."""
+    from cmdp.theory import run
+
+    run(params["theory"], RESULTS / "theory")
+
+
+def choose(params: dict, _: argparse.Namespace) -> None:
+    """From the tuning trials, choose each run's settings: the highest accuracy within the budget."""
+    from cmdp.tuning import choose as best
+
+    best(params, RESULTS)
+
+
+def table(params: dict, _: argparse.Namespace) -> None:
+    """Write the results table between its markers in README.md."""
+    from cmdp.report import write_readme
+
+    write_readme(Path("README.md"), RESULTS)
+
+
+def notebook(params: dict, arguments: argparse.Namespace) -> None:
+    """Execute a notebook into results/notebooks, with papermill."""
+    import papermill
+
+    source = Path("notebooks") / f"{arguments.name}.ipynb"
+    target = RESULTS / "notebooks" / source.name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_suffix(".partial.ipynb")
+    papermill.execute_notebook(
+        str(source), str(unfinished), parameters=params["notebooks"].get(arguments.name, {}), progress_bar=False
+    )
+    unfinished.replace(target)
+
+
+def gather(folder: Path, params: dict) -> pd.DataFrame:
+    """The tables of all runs and seeds in `folder`, one after the other, with columns `run` and `seed`."""
+    tables = []
+    for run in params["methods"]:
+        for seed in params["seeds"]:
+            table = pd.read_csv(folder / f"{run}-{seed}.csv")
+            if "run" not in table:
+                table.insert(0, "run", run)
+                table.insert(1, "seed", seed)
+            tables.append(table)
+    return pd.concat([table for table in tables if len(table)], ignore_index=True)
+
+
+def read_params(path: Path, overlay: Path | None) -> dict:
+    """The parameters of `path`; where `overlay` is given, what it sets takes their place, key by key."""
+
+    def merge(base: dict, top: dict) -> dict:
+        both = base.keys() & top.keys()
+        nested = {key: merge(base[key], top[key]) for key in both if isinstance(top[key], dict) and base[key]}
+        return base | top | nested
+
+    params = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return merge(params, yaml.safe_load(overlay.read_text(encoding="utf-8"))) if overlay else params
+
+
+def overlay(params: dict, arguments: argparse.Namespace) -> None:
+    """Print the parameters with a profile's laid over them."""
+    yaml.safe_dump(params, sys.stdout, sort_keys=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="cmdp", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="the parameters (params.yaml)")
+    parser.add_argument("--overlay", type=Path, help="a profile, laid over the parameters")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    stages = (data, supervised, train, evaluate, collect, figures, theory, table, notebook, overlay)
+    for stage in stages:
+        command = commands.add_parser(stage.__name__, help=stage.__doc__)
+        command.set_defaults(stage=stage)
+        if stage is supervised:
+            command.add_argument("role", choices=("teacher", "student"))
+        if stage is notebook:
+            command.add_argument("name")
+        if stage in (train, evaluate):
+            command.add_argument("run", help="a key of `runs` in the parameters")
+            command.add_argument("seed", type=int)
+    arguments = parser.parse_args()
+    try:
+        params = read_params(arguments.params, arguments.overlay)
+        set_up(params)
+        arguments.stage(params, arguments)
+    except (FileNotFoundError, ValueError, KeyError) as error:
+        if os.environ.get("CMDP_TRACEBACK"):
+            raise
+        sys.exit(f"cmdp {arguments.stage.__name__}: {error}  (CMDP_TRACEBACK=1 shows where)")
+
+
+def set_up(params: dict) -> None:
+    """Make a run repeatable and quiet: a fixed number of threads, no network."""
+    threads = str(params["threads"])
+    os.environ.update(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, TOKENIZERS_PARALLELISM="false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+if __name__ == "__main__":
+    main()
