@@ -170,7 +170,6 @@ class CMDPTrainer(GRPOTrainer):
         self._scores = self._teacher_batch = None
         outputs = super()._generate_and_score_completions(inputs)
 
-        scoring = time.perf_counter()
         if self._scores is None:  # several optimisation steps a generation, or vLLM: TRL has called for it already
             with torch.no_grad():
                 self._get_per_token_logps_and_entropies(
@@ -211,8 +210,10 @@ class CMDPTrainer(GRPOTrainer):
             outputs.pop("teacher_logps", None)
 
         self._log_trajectories(task_reward, cost, mask, budget, modified)
-        self._metrics[self._mode]["time/scoring"].append(time.perf_counter() - scoring)
-        self._rollout_time += time.perf_counter() - start
+        rollout_time = time.perf_counter() - start
+        metrics = self._metrics[self._mode]
+        metrics["time/scoring"].append(rollout_time - metrics["time/generation"][-1])  # rewards included
+        self._rollout_time += rollout_time
         return outputs
 
     def _get_per_token_logps_and_entropies(
@@ -313,7 +314,9 @@ class CMDPTrainer(GRPOTrainer):
     def training_step(self, model, inputs, num_items_in_batch):
         start, self._rollout_time = time.perf_counter(), 0.0
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._metrics["train"]["time/update"].append(time.perf_counter() - start - self._rollout_time)
+        update_time = time.perf_counter() - start - self._rollout_time
+        # the log takes the mean over micro-batches: that is then the time of an optimisation step
+        self._metrics["train"]["time/update"].append(update_time * self.current_gradient_accumulation_steps)
         return loss
 
     # ---- logging ----

@@ -1,0 +1,72 @@
+"""A tiny student, teacher and tokenizer, and fixed completions, for every test that trains a language model."""
+
+import copy
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads only wait for each other
+
+import pytest
+import torch
+
+WORDS = [*"abcdefghijklmnopqrstuvwx"]
+PROMPTS = ["a b c", "d e f g h"]
+EOS = 1
+# Two groups of four: of many lengths, one of them EOS alone, two cut at the limit.
+COMPLETIONS = [
+    [5, 9, 14, EOS],
+    [EOS],
+    [7, 7, 21, 3, 18, 6, 11, 25],
+    [24, 16, EOS],
+    [13, 4, 8, 20, 22, EOS],
+    [10, 19, EOS],
+    [12, 17, 5, 5, 9, 23, 15, 8],
+    [6, 22, 11, 4, EOS],
+]
+MAX_LENGTH = 8
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than 15 seconds")
+
+
+def make_tokenizer():
+    from cmdp.models import build_tokenizer
+
+    return build_tokenizer(WORDS)
+
+
+def make_model(tokenizer, seed: int, hidden: int = 16, spread: float = 10.0):
+    """A Llama of two layers. `spread` scales its initial weights: the distributions are then far from uniform."""
+    from cmdp.models import build_model
+
+    model = build_model(tokenizer, layers=2, hidden=hidden, heads=2, seed=seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter *= spread
+    return model
+
+
+def score(completion_ids: list[list[int]], **_) -> list[float]:
+    """A task reward in [0, 1] that is a function of the tokens alone."""
+    return [sum(ids) % 7 / 6 for ids in completion_ids]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def original_pair(tokenizer):
+    return make_model(tokenizer, seed=0), make_model(tokenizer, seed=1, hidden=24)
+
+
+@pytest.fixture
+def student(original_pair):
+    return copy.deepcopy(original_pair[0])
+
+
+@pytest.fixture
+def teacher(original_pair):
+    return copy.deepcopy(original_pair[1])

@@ -1,0 +1,692 @@
+"""The trainer: agreement with TRL's own, with the formulas written out, and with itself under every way to run it.
+
+Run as a script by `torchrun`, it writes the gradients of a two-process run (see the test of that name).
+"""
+
+import copy
+import functools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import COMPLETIONS, MAX_LENGTH, PROMPTS, make_model, make_tokenizer, score
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
+
+from cmdp.methods import METHODS
+from cmdp.trainer import CMDPConfig, CMDPTrainer
+
+GROUP = 4
+BUDGET = 4.0  # nats: some of the fixed completions keep it, some do not (asserted below)
+COMMON = {
+    "learning_rate": 0.05,
+    "optim": "sgd",
+    "max_grad_norm": 0.0,
+    "max_completion_length": MAX_LENGTH,
+    "lr_scheduler_type": "constant",
+    "shuffle_dataset": False,
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "use_cpu": True,
+    "report_to": [],
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "logging_steps": 1,
+}
+
+
+def fixed(trainer_class):
+    """`trainer_class` with `COMPLETIONS` in place of generation; records the loss and gradient of every step."""
+
+    class Fixed(trainer_class):
+        def _generate_single_turn(self, prompt_ids, *_, **__):
+            first = self.accelerator.process_index * len(prompt_ids)
+            ids = COMPLETIONS[first : first + len(prompt_ids)]
+            return ids if trainer_class is DistillationTrainer else (ids, None)
+
+        def training_step(self, *arguments, **options):
+            loss = super().training_step(*arguments, **options)
+            self.__dict__.setdefault("losses", []).append(loss.detach())
+            return loss
+
+    return Fixed
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradient of every optimisation step, by parameter name."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **_):
+        self.steps.append(gradient_of(model))
+
+
+def gradient_of(model) -> dict[str, torch.Tensor]:
+    named = ((name.removeprefix("module."), p) for name, p in model.named_parameters() if p.requires_grad)
+    return {name: p.grad.clone() for name, p in named}
+
+
+def rows(group: int = GROUP) -> list[dict[str, str]]:
+    return [{"prompt": PROMPTS[index // group]} for index in range(len(COMPLETIONS))]
+
+
+def build(student, teacher, tokenizer, out, trainer_class=CMDPTrainer, generate=False, peft_config=None, **options):
+    """A trainer on the fixed completions, or with `generate` on its own."""
+    options = {**COMMON, "output_dir": str(out), **options}
+    recorded = Gradients()
+    more = {
+        "train_dataset": Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS * 8]),
+        "processing_class": tokenizer,
+        "peft_config": peft_config,
+        "callbacks": [recorded],
+    }
+    kind = trainer_class if generate else fixed(trainer_class)
+    if trainer_class is DistillationTrainer:
+        args = DistillationConfig(**{"per_device_train_batch_size": 8, **options})
+        trainer = kind(student, teacher, args=args, **more)
+    else:
+        options = {"per_device_train_batch_size": 8, "num_generations": GROUP, "loss_type": "dapo", **options}
+        if trainer_class is GRPOTrainer:
+            trainer = kind(student, score, args=GRPOConfig(**options), **more)
+        else:
+            trainer = kind(student, teacher, score, CMDPConfig(**options), **more)
+    trainer.recorded = recorded.steps
+    return trainer
+
+
+def one_step(trainer, group: int = GROUP) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradient on the fixed completions in one batch, without an optimiser."""
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(rows(group)))
+    loss.backward()
+    return loss.item(), gradient_of(trainer.model)
+
+
+def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """Relative error of the whole gradient."""
+    assert ours.keys() == theirs.keys()
+    difference = sum((ours[name] - theirs[name]).double().square().sum() for name in ours)
+    size = sum(theirs[name].double().square().sum() for name in ours)
+    assert size > 0
+    return (difference / size).sqrt().item()
+
+
+# ---- agreement with TRL's own trainers ----
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo"])
+@pytest.mark.parametrize("scale_rewards", ["none", "group"])
+def test_as_grpo_it_has_the_loss_and_gradient_of_trl(student, teacher, tokenizer, tmp_path, loss_type, scale_rewards):
+    options = {"loss_type": loss_type, "scale_rewards": scale_rewards}
+    theirs = one_step(build(copy.deepcopy(student), None, tokenizer, tmp_path, GRPOTrainer, beta=0.0, **options))
+    ours = one_step(build(student, teacher, tokenizer, tmp_path, **METHODS["grpo"], **options))
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-5, abs=1e-7)
+    assert distance(ours[1], theirs[1]) < 1e-5
+
+
+@pytest.mark.parametrize("form", ["exhausted", "overshoot", "lagrangian"])
+def test_without_penalties_every_form_is_grpo(student, teacher, tokenizer, tmp_path, form):
+    theirs = one_step(
+        build(copy.deepcopy(student), None, tokenizer, tmp_path, GRPOTrainer, beta=0.0, scale_rewards="none")
+    )
+    ours = one_step(build(student, teacher, tokenizer, tmp_path, reward_form=form, lam=0.0, budget=math.inf))
+    assert distance(ours[1], theirs[1]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("divergence", "beta"), [("reverse_kl", 1.0), ("forward_kl", 0.0), ("jsd", 0.3)], ids=lambda value: str(value)
+)
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+def test_as_gkd_it_has_the_loss_and_gradient_of_trl(
+    student, teacher, tokenizer, tmp_path, divergence, beta, temperature
+):
+    theirs = one_step(
+        build(
+            copy.deepcopy(student),
+            copy.deepcopy(teacher),
+            tokenizer,
+            tmp_path,
+            DistillationTrainer,
+            beta=beta,
+            temperature=temperature,
+        )
+    )
+    options = {"divergence": divergence, "jsd_beta": 0.3, "temperature": temperature}
+    ours = one_step(build(student, teacher, tokenizer, tmp_path, **METHODS["gkd"], **options))
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
+    assert distance(ours[1], theirs[1]) < 1e-5
+
+
+# ---- agreement with the formulas, written out ----
+
+
+def token_values(model, teacher, prompt_ids, ids, divergence):
+    """log pi(a_t | s_t), D_t: one completion at a time, no padding, from full logits."""
+    sequence = torch.tensor([prompt_ids + ids])
+    p = model(input_ids=sequence).logits[0, -len(ids) - 1 : -1].log_softmax(-1)
+    with torch.no_grad():
+        q = teacher(input_ids=sequence).logits[0, -len(ids) - 1 : -1].log_softmax(-1)
+    taken = torch.tensor(ids)[:, None]
+    logp, log_u = p.gather(1, taken)[:, 0], (q - p).gather(1, taken)[:, 0]
+    if divergence == "reverse_kl":
+        return logp, (p.exp() * (p - q)).sum(-1)
+    if divergence == "forward_kl":
+        return logp, (q.exp() * (q - p)).sum(-1)
+    if divergence == "jsd":
+        m = ((p.exp() + q.exp()) / 2).log()
+        return logp, ((q.exp() * (q - m)).sum(-1) + (p.exp() * (p - m)).sum(-1)) / 2
+    return logp, {"k1": -log_u, "k2": log_u**2 / 2, "k3": log_u.exp() - 1 - log_u}[divergence]
+
+
+def reference(
+    model,
+    teacher,
+    tokenizer,
+    reward_form="exhausted",
+    lam=1.0,
+    penalty=0.0,
+    budget=BUDGET,
+    budget_form="total",
+    discount=1.0,
+    divergence="reverse_kl",
+    loss_type="dapo",
+) -> torch.Tensor:
+    """The loss of section 6 whose gradient is section 4 (c), from its formulas: a loop over completions and tokens."""
+    rewards, policy, direct, tokens, violations = score(COMPLETIONS), [], [], 0, 0
+    returns = []
+    for index, ids in enumerate(COMPLETIONS):
+        prompt_ids = tokenizer(PROMPTS[index // GROUP]).input_ids
+        logp, cost = token_values(model, teacher, prompt_ids, ids, divergence)
+        paid = cost.detach()
+        gammas = torch.tensor([discount**t for t in range(len(ids))])
+        limit = budget * len(ids) if budget_form == "per_token" else budget
+        over = (gammas * paid).cumsum(0) > limit
+        spent = (gammas * paid).sum()
+        if reward_form == "exhausted":
+            total = (0.0 if over[-1] else rewards[index]) - penalty * over.any() - lam * (paid * over).sum()
+            charged = over.float()
+        elif reward_form == "overshoot":
+            total = rewards[index] if spent <= limit else -penalty - lam * (spent - limit)
+            charged = gammas * (spent > limit)
+        else:
+            total = rewards[index] - lam * spent
+            charged = gammas
+        returns.append(float(total))
+        policy.append((logp - logp.detach()).exp().sum())  # the ratio pi / pi_old, which is 1
+        # the gradient of k1 itself is that of log pi, whose mean is zero: only its credit counts
+        direct.append(lam * (charged * (paid if divergence == "k1" else cost)).sum())
+        tokens += len(ids)
+        violations += bool(over[-1])
+    assert 0 < violations < len(COMPLETIONS), violations
+    loss = 0.0
+    for index in range(len(COMPLETIONS)):
+        group = returns[index // GROUP * GROUP :][:GROUP]
+        advantage = returns[index] - sum(group) / GROUP
+        loss = loss - advantage * policy[index] + direct[index]
+    return loss / (tokens if loss_type == "dapo" else len(COMPLETIONS) * MAX_LENGTH)
+
+
+CASES = {
+    "exhausted": {"reward_form": "exhausted"},
+    "exhausted-penalty": {"reward_form": "exhausted", "lam": 0.7, "penalty": 0.9, "loss_type": "dr_grpo"},
+    "exhausted-per-token": {"reward_form": "exhausted", "budget_form": "per_token", "budget": 0.8},
+    "exhausted-discounted": {"reward_form": "exhausted", "discount": 0.9},
+    "overshoot": {"reward_form": "overshoot", "lam": 0.5},
+    "overshoot-discounted": {"reward_form": "overshoot", "penalty": 0.5, "discount": 0.9, "loss_type": "dr_grpo"},
+    "lagrangian": {"reward_form": "lagrangian", "lam": 0.1},
+    "forward-kl": {"reward_form": "exhausted", "divergence": "forward_kl"},
+    "jsd": {"reward_form": "overshoot", "divergence": "jsd", "budget": 0.8},
+    "k1": {"reward_form": "exhausted", "divergence": "k1"},
+    "k2": {"reward_form": "exhausted", "divergence": "k2"},
+    "k3": {"reward_form": "overshoot", "divergence": "k3"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradient_is_that_of_the_formulas_written_out(student, teacher, tokenizer, tmp_path, case):
+    options = {"budget": BUDGET, "lam": 1.0, **CASES[case]}
+    plain_student, plain_teacher = copy.deepcopy(student), copy.deepcopy(teacher)
+    expected = reference(plain_student, plain_teacher, tokenizer, **options)
+    expected.backward()
+    loss, gradient = one_step(build(student, teacher, tokenizer, tmp_path, **options))
+    assert loss == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+    assert distance(gradient, gradient_of(plain_student)) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["exhausted", "overshoot", "k2"])
+def test_gradient_is_that_of_finite_differences_of_the_loss(student, teacher, tokenizer, tmp_path, case):
+    """With the old log-probabilities, advantages and charges held fixed, as in an update after the scoring pass."""
+    # the clip is opened: its kink stands nowhere near
+    options = {"budget": BUDGET, "num_iterations": 2, "epsilon": 0.9, **CASES[case]}
+    trainer = build(student, teacher, tokenizer, tmp_path, **options)
+    _, gradient = one_step(trainer)
+    inputs = trainer._buffered_inputs[0]
+    generator = torch.Generator().manual_seed(0)
+    start = {name: p.detach().clone() for name, p in student.named_parameters()}
+    direction = {name: torch.randn(p.shape, generator=generator) for name, p in start.items()}
+    slope = sum((gradient[name] * direction[name]).sum() for name in start).item()
+
+    def loss_at(step):
+        with torch.no_grad():
+            for name, parameter in student.named_parameters():
+                parameter.copy_(start[name] + step * direction[name])
+            return trainer.compute_loss(student, inputs).item()
+
+    step = 1e-3
+    # fourth order, so that the step can be large enough for float32
+    difference = (8 * (loss_at(step) - loss_at(-step)) - loss_at(2 * step) + loss_at(-2 * step)) / (12 * step)
+    assert difference == pytest.approx(slope, rel=3e-3)
+
+
+def test_the_teacher_gets_no_gradient_and_stays_as_it_was(student, teacher, tokenizer, tmp_path):
+    before = copy.deepcopy(teacher.state_dict())
+    trainer = build(student, teacher, tokenizer, tmp_path, budget=BUDGET, max_steps=2)
+    trainer.train()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+
+
+# ---- the same mathematics however it is run ----
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo"])
+@pytest.mark.parametrize("options", [CASES["exhausted"], CASES["k3"]], ids=["exhausted", "k3"])
+def test_micro_batches_add_up_to_one_batch(original_pair, tokenizer, tmp_path, loss_type, options):
+    runs = []
+    for size, accumulation in ((8, 1), (4, 2), (2, 4), (1, 8)):
+        trainer = build(
+            *copy.deepcopy(original_pair),
+            tokenizer,
+            tmp_path,
+            **{"budget": BUDGET, **options, "loss_type": loss_type},
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+        )
+        trainer.train()
+        log = trainer.state.log_history[0]
+        runs.append((sum(trainer.losses).item(), trainer.recorded[0], log["loss/policy"] + log["loss/single_step"]))
+    for loss, gradient, logged in runs:
+        assert loss == pytest.approx(runs[0][0], rel=1e-5)
+        assert logged == pytest.approx(runs[0][0], rel=1e-5)
+        assert distance(gradient, runs[0][1]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "reuse", [{"steps_per_generation": 4}, {"num_iterations": 2}], ids=["steps_per_generation", "num_iterations"]
+)
+def test_later_steps_on_a_generation_use_the_old_log_probabilities(original_pair, tokenizer, tmp_path, reuse):
+    """Two optimisation steps on one generation. The second is checked against the clipped ratio written out."""
+    options = {"budget": BUDGET, "lam": 1.0, "learning_rate": 0.3, "max_steps": 2, "gradient_accumulation_steps": 2}
+    size = 2 if "steps_per_generation" in reuse else 4
+    trainer = build(
+        *copy.deepcopy(original_pair), tokenizer, tmp_path, per_device_train_batch_size=size, **options, **reuse
+    )
+    seen = []
+
+    def compute_loss(model, inputs):
+        seen.append((copy.deepcopy(inputs), {name: p.detach().clone() for name, p in model.named_parameters()}))
+        return type(trainer)._compute_loss(trainer, model, inputs)
+
+    trainer._compute_loss = compute_loss
+    trainer.train()
+    assert len(seen) == 4
+
+    initial, teacher = copy.deepcopy(original_pair)
+    current = copy.deepcopy(initial)
+    current.load_state_dict(seen[2][1], strict=False)  # tied weights appear once
+    loss, clipped = 0.0, 0
+    tokens = sum(map(len, COMPLETIONS)) / (2 if "steps_per_generation" in reuse else 1)  # of one optimisation step
+    for inputs, _ in seen[2:]:
+        for row in range(size):
+            kept, prompt = inputs["completion_mask"][row] == 1, inputs["prompt_mask"][row] == 1
+            ids, prompt_ids = inputs["completion_ids"][row][kept].tolist(), inputs["prompt_ids"][row][prompt].tolist()
+            logp, cost = token_values(current, teacher, prompt_ids, ids, "reverse_kl")
+            with torch.no_grad():
+                old, _ = token_values(initial, teacher, prompt_ids, ids, "reverse_kl")
+            torch.testing.assert_close(inputs["old_per_token_logps"][row][kept], old, rtol=1e-4, atol=1e-5)
+            ratio, advantage = (logp - old).exp(), inputs["advantages"][row]
+            policy = torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+            clipped += (policy != ratio * advantage).sum().item()
+            loss = loss + (inputs["single_step_weight"][row][kept] * cost - policy).sum() / tokens
+    assert clipped > 0
+    loss.backward()
+    assert sum(trainer.losses[2:]).item() == pytest.approx(loss.item(), rel=1e-5)
+    assert distance(trainer.recorded[1], gradient_of(current)) < 1e-5
+
+
+def test_gradient_checkpointing_changes_nothing(original_pair, tokenizer, tmp_path):
+    runs = []
+    for checkpointing in (False, True):
+        trainer = build(
+            *copy.deepcopy(original_pair),
+            tokenizer,
+            tmp_path,
+            budget=BUDGET,
+            gradient_checkpointing=checkpointing,
+            max_steps=1,
+        )
+        trainer.train()
+        assert trainer.accelerator.unwrap_model(trainer.model).is_gradient_checkpointing == checkpointing
+        runs.append((trainer.losses[0].item(), trainer.recorded[0]))
+    assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-6)
+    assert distance(runs[1][1], runs[0][1]) < 1e-5
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("case", ["exhausted", "k3"])
+def test_with_lora_the_adapters_get_the_gradient_of_the_formulas(
+    student, teacher, tokenizer, tmp_path, case, checkpointing
+):
+    from peft import LoraConfig
+
+    options = {"budget": BUDGET, "lam": 1.0, **CASES[case]}
+    trainer = build(
+        student,
+        copy.deepcopy(teacher),
+        tokenizer,
+        tmp_path,
+        peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False),
+        gradient_checkpointing=checkpointing,
+        max_steps=1,
+        learning_rate=0.0,
+        **options,
+    )
+    trainer.train()
+    assert all("lora" in name for name in trainer.recorded[0])
+    trainer.model.zero_grad()
+    expected = reference(trainer.model, teacher, tokenizer, **options)
+    expected.backward()
+    assert trainer.losses[0].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert distance(trainer.recorded[0], gradient_of(trainer.model)) < 1e-5
+
+
+def test_a_run_that_is_resumed_ends_where_an_uninterrupted_one_does(original_pair, tokenizer, tmp_path):
+    """To the bit: data order, optimiser, schedule and the state of the sampler all come back from the checkpoint."""
+    options = {
+        "generate": True,
+        "budget": BUDGET,
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "optim": "adamw_torch",
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "linear",
+    }
+    straight = build(*copy.deepcopy(original_pair), tokenizer, tmp_path / "run", **options)
+    straight.train()
+    resumed = build(*copy.deepcopy(original_pair), tokenizer, tmp_path / "run", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+    changed = 0
+    for name, value in straight.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+        changed += not torch.equal(value, original_pair[0].state_dict()[name])
+    assert changed > 0
+    ours, theirs = ({r["step"]: r for r in run.state.log_history if "csr" in r} for run in (straight, resumed))
+    for name in ("loss", "csr", "cost/mean", "task_reward"):
+        assert ours[4][name] == theirs[4][name]
+
+
+def test_a_saved_student_is_an_ordinary_model_without_a_teacher(student, teacher, tokenizer, tmp_path):
+    from cmdp.models import load_model
+
+    trainer = build(student, teacher, tokenizer, tmp_path / "run", generate=True, budget=BUDGET, max_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "student"))
+    loaded = load_model(tmp_path / "student").eval()
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, trainer.model.eval()(ids).logits, rtol=1e-5, atol=1e-6)
+    assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in student.parameters())
+
+
+# ---- what is logged ----
+
+STABLE = (
+    "loss",
+    "task_reward",
+    "modified_reward",
+    "csr",
+    "cost/mean",
+    "cost/q50",
+    "cost/q90",
+    "kl_per_token",
+    "remaining_budget",
+    "over_budget_tokens",
+    "entropy",
+    "loss/policy",
+    "loss/single_step",
+    "time/generation",
+    "time/scoring",
+    "time/update",
+)
+
+
+@pytest.mark.parametrize("options", [{}, METHODS["grpo"], METHODS["gkd"]], ids=["cmdp", "grpo", "gkd"])
+def test_every_step_logs_its_metrics_under_stable_names(student, teacher, tokenizer, tmp_path, options):
+    trainer = build(student, teacher, tokenizer, tmp_path, generate=True, budget=BUDGET, max_steps=2, **options)
+    trainer.train()
+    logs = [row for row in trainer.state.log_history if "csr" in row]
+    assert [row["step"] for row in logs] == [1, 2]
+    for row in logs:
+        missing = [name for name in STABLE if not math.isfinite(row.get(name, math.nan))]
+        assert not missing
+        assert row["loss"] == pytest.approx(row["loss/policy"] + row["loss/single_step"], rel=1e-4, abs=1e-6)
+        assert min(row[name] for name in STABLE if name.startswith("time/")) > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"num_iterations": 2}], ids=["one step a generation", "two"])
+def test_generation_scoring_and_update_make_up_the_time_of_a_step(student, teacher, tokenizer, tmp_path, options):
+    """Also where an update has several micro-batches, and where TRL asks for the scoring pass itself."""
+    trainer = build(
+        student,
+        teacher,
+        tokenizer,
+        tmp_path,
+        generate=True,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        max_steps=2,
+        **options,
+    )
+    trainer.train()
+    first, second = (row for row in trainer.state.log_history if "csr" in row or "time/update" in row)
+    parts = [first[f"time/{name}"] for name in ("generation", "scoring", "update")]
+    assert sum(parts) == pytest.approx(first["step_time"], rel=0.05)
+    assert parts[1] > 0.1 * parts[2]  # a scoring pass is two forwards; an update a forward and a backward
+    assert ("time/scoring" in second) == (not options)
+
+
+def test_logged_numbers_are_those_of_the_completions(student, teacher, tokenizer, tmp_path):
+    plain = copy.deepcopy(student)
+    trainer = build(student, teacher, tokenizer, tmp_path, budget=BUDGET, max_steps=1)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    costs = []
+    for index, ids in enumerate(COMPLETIONS):
+        with torch.no_grad():
+            prompt_ids = tokenizer(PROMPTS[index // GROUP]).input_ids
+            costs.append(token_values(plain, teacher, prompt_ids, ids, "reverse_kl")[1])
+    totals = torch.stack([cost.sum() for cost in costs])
+    tokens = sum(map(len, COMPLETIONS))
+    over = sum((cost.cumsum(0) > BUDGET).sum().item() for cost in costs)
+    expected = {
+        "task_reward": sum(score(COMPLETIONS)) / len(COMPLETIONS),
+        "csr": (totals <= BUDGET).float().mean().item(),
+        "cost/mean": totals.mean().item(),
+        "cost/q50": totals.quantile(0.5).item(),
+        "cost/q90": totals.quantile(0.9).item(),
+        "kl_per_token": totals.sum().item() / tokens,
+        "remaining_budget": BUDGET - totals.mean().item(),
+        "over_budget_tokens": over / tokens,
+    }
+    assert {name: log[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluation_logs_the_same_names_and_trains_nothing(student, teacher, tokenizer, tmp_path):
+    trainer = build(student, teacher, tokenizer, tmp_path, generate=True, budget=BUDGET, per_device_eval_batch_size=8)
+    trainer.eval_dataset = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
+    before = copy.deepcopy(student.state_dict())
+    measured = trainer.evaluate(trainer.eval_dataset)
+    log = {**measured, **trainer.state.log_history[-1]}
+    missing = [name for name in STABLE if name != "time/update" and f"eval_{name}" not in log]
+    assert not missing
+    assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
+
+
+# ---- edges ----
+
+
+def test_unscored_completions_are_left_out_of_their_group(student, teacher, tokenizer, tmp_path):
+    """The reward function returns None for one completion of the first group and for all of the second."""
+    trainer = build(student, teacher, tokenizer, tmp_path, budget=math.inf, max_steps=1)
+    partial = [None if index in (2, 4, 5, 6, 7) else value for index, value in enumerate(score(COMPLETIONS))]
+    trainer.reward_funcs = [lambda completion_ids, **_: partial]
+    _, gradient = one_step(trainer)
+    inputs = trainer._buffered_inputs[0]
+    assert all(value.isfinite().all() for value in gradient.values())
+    scored = [value for value in partial if value is not None]
+    expected = {
+        tuple(COMPLETIONS[index]): 0.0 if value is None else value - sum(scored) / len(scored)
+        for index, value in enumerate(partial)
+    }
+    for row in range(len(COMPLETIONS)):
+        ids = inputs["completion_ids"][row][inputs["completion_mask"][row] == 1].tolist()
+        assert inputs["advantages"][row].item() == pytest.approx(expected[tuple(ids)], abs=1e-6)
+
+
+@pytest.mark.parametrize("budget", [0.0, 1e-9])
+def test_where_all_violate_and_all_rewards_are_lost_the_step_is_finite_and_brings_the_cost_down(
+    student, teacher, tokenizer, tmp_path, budget
+):
+    trainer = build(student, teacher, tokenizer, tmp_path, budget=budget, max_steps=6, learning_rate=0.02)
+    trainer.train()
+    logs = [row for row in trainer.state.log_history if "csr" in row]
+    assert all(row["csr"] == 0.0 for row in logs)
+    assert logs[-1]["kl_per_token"] < logs[0]["kl_per_token"]
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "k3"])
+def test_the_loss_runs_the_student_once_and_the_teacher_not_at_all(student, teacher, tokenizer, tmp_path, divergence):
+    trainer = build(student, teacher, tokenizer, tmp_path, budget=BUDGET, divergence=divergence)
+    calls = {"student": 0, "teacher": 0}
+
+    def count(name, *_):
+        calls[name] += 1
+
+    student.base_model.register_forward_hook(functools.partial(count, "student"))
+    teacher.base_model.register_forward_hook(functools.partial(count, "teacher"))
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    inputs = trainer._prepare_inputs(rows())
+    assert calls == {"student": 1, "teacher": 1}
+    trainer.compute_loss(trainer.model, inputs)
+    assert calls == {"student": 2, "teacher": 1}
+
+
+def test_heads_padded_past_the_tokenizer_are_cut_to_it(student, teacher, tokenizer, tmp_path):
+    plain = one_step(build(*copy.deepcopy((student, teacher)), tokenizer, tmp_path, **METHODS["gkd"]))
+    for model, size in ((student, 32), (teacher, 40)):
+        model.resize_token_embeddings(size, mean_resizing=False)
+    padded = one_step(build(student, teacher, tokenizer, tmp_path, **METHODS["gkd"]))
+    assert padded[0] == pytest.approx(plain[0], rel=1e-5)
+    cut = {name: value[: len(plain[1][name])] for name, value in padded[1].items()}
+    assert distance(cut, plain[1]) < 1e-5
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_head_with_too_few_rows_is_refused_by_name(student, teacher, tokenizer, tmp_path, role):
+    (student if role == "student" else teacher).resize_token_embeddings(20)
+    with pytest.raises(ValueError, match=rf"The {role}'s head has 20 rows but the tokenizer {len(tokenizer)} ids"):
+        build(student, teacher, tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": "grpo"}, "loss_type is one of .*'grpo'"),
+        ({"reward_form": "hinge"}, "reward_form is one of .*'hinge'"),
+        ({"divergence": "tv"}, "divergence is one of .*'tv'"),
+        ({"scale_rewards": "batch"}, "scale_rewards is one of .*'batch'"),
+        ({"beta": 0.04}, "beta must be 0"),
+        ({"budget": -1.0}, "budget must be 0 nats or more"),
+        ({"budget": math.nan}, "budget must be 0 nats or more"),
+        ({"budget_form": "weekly"}, "'weekly'"),
+        ({"lam": -0.1}, "0 or more"),
+        ({"penalty": -0.1}, "0 or more"),
+        ({"long_term": False}, "long_term=False goes with reward_form='lagrangian' only"),
+        ({"long_term": False, "reward_form": "overshoot"}, "long_term=False"),
+    ],
+    ids=str,
+)
+def test_settings_without_a_meaning_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        CMDPConfig(**{**COMMON, "output_dir": str(tmp_path), "loss_type": "dapo", "num_generations": 4, **options})
+
+
+# ---- several processes ----
+
+DISTRIBUTED = {
+    "exhausted": {"reward_form": "exhausted", "loss_type": "dapo"},
+    "overshoot": {"reward_form": "overshoot", "loss_type": "dr_grpo", "divergence": "k3", "budget_form": "per_token"},
+}
+
+
+def distributed_step(out: Path, case: str, size: int, accumulation: int) -> dict[str, torch.Tensor]:
+    """Gradients, loss and two metrics of one step on one group of eight, which the processes share."""
+    tokenizer = make_tokenizer()
+    trainer = build(
+        make_model(tokenizer, seed=0),
+        make_model(tokenizer, seed=1, hidden=24),
+        tokenizer,
+        out,
+        budget=BUDGET if case == "exhausted" else 0.8,
+        num_generations=8,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulation,
+        max_steps=1,
+        **DISTRIBUTED[case],
+    )
+    trainer.train()
+    log = trainer.state.log_history[0]
+    loss = trainer.accelerator.reduce(sum(trainer.losses), reduction="mean")
+    numbers = {"loss": loss, **{name: torch.tensor(log[name]) for name in ("csr", "loss/policy", "loss/single_step")}}
+    return {f"{case}.{name}": value for name, value in {**trainer.recorded[0], **numbers}.items()}
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_loss_and_gradient_of_one(tmp_path):
+    """DDP over gloo; the group of eight is split between the processes, and so are its lengths, unevenly."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, str(tmp_path)]
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr[-3000:]
+    two = load_file(tmp_path / "two.safetensors")
+    for case in DISTRIBUTED:
+        one = distributed_step(tmp_path, case, size=8, accumulation=1)
+        numbers = {name: two.pop(name) for name in one if one[name].dim() == 0}
+        for name, value in numbers.items():
+            assert value.item() == pytest.approx(one.pop(name).item(), rel=1e-5, abs=1e-7), name
+        assert 0 < numbers[f"{case}.csr"] < 1
+        assert distance({name: two.pop(name) for name in one}, one) < 1e-5
+    assert not two
+
+
+if __name__ == "__main__":
+    results = {}
+    for case in DISTRIBUTED:
+        results |= distributed_step(Path(sys.argv[1]), case, size=2, accumulation=2)
+    if os.environ["RANK"] == "0":
+        save_file(results, Path(sys.argv[1]) / "two.safetensors")
+    torch.distributed.destroy_process_group()
