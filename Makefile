@@ -2,6 +2,7 @@
 #
 #   make repro   rebuild the default experiment: models, results, figures, notebooks
 #   make smoke   the same pipeline, tiny, in a copy under .smoke/ that leaves your results alone
+#   make tune    choose every method's settings anew, on validation prompts, with equal effort
 #   make test    the tests
 #   make lint    ruff
 
@@ -12,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup repro smoke test lint lab
+.PHONY: setup repro tune smoke test lint lab
 
 setup: $(BIN)/.ready
 
@@ -23,14 +24,19 @@ $(BIN)/.ready: requirements.lock pyproject.toml
 	touch $@
 
 repro: setup
-	./repro.sh $(JOBS)
+	./repro.sh $(JOBS) supervised evaluate
+	cmdp table
+
+tune: setup
+	dvc repro supervised
+	cd tuning && ../repro.sh $(JOBS) trial
 
 smoke: setup
 	rm -rf .smoke && mkdir .smoke
 	git ls-files --cached --others --exclude-standard -z | grep -zv -e '^results/' -e '^figures/' -e '^dvc.lock$$' \
 		| xargs -0 cp --parents --target-directory .smoke 2>/dev/null || true
 	cmdp --overlay profiles/smoke.yaml overlay > .smoke/params.yaml
-	cd .smoke && git init --quiet && PYTHONPATH=$(CURDIR)/.smoke ./repro.sh $(JOBS)
+	cd .smoke && git init --quiet && PYTHONPATH=$(CURDIR)/.smoke ./repro.sh $(JOBS) supervised evaluate
 	@echo "The pipeline ran: see .smoke/results and .smoke/figures."
 
 test: setup

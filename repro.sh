@@ -1,12 +1,10 @@
 #!/bin/sh
-# `dvc repro`, with the runs of the matrix trained and evaluated several at a time: repro.sh [JOBS].
-# DVC runs one stage after the other; it allows several `dvc repro` at once on different stages, which this uses.
+# repro.sh JOBS STAGE...: `dvc repro`, with the items of the named matrix stages run JOBS at a time, stage after stage.
+# DVC itself runs one item after the other, but allows several `dvc repro` at once on different ones, which this uses.
 set -eu
-jobs=${1:-2}
-each() {
-    dvc stage list --name-only | grep "^$1@" | xargs -P "$jobs" -n 1 dvc --wait-for-lock repro
-}
-dvc repro data
-each supervised
-each evaluate
+jobs=$1
+shift
+for stage in "$@"; do
+    dvc stage list --name-only | grep "^$stage@" | xargs -P "$jobs" -n 1 dvc --wait-for-lock repro
+done
 dvc repro

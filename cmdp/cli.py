@@ -15,8 +15,9 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from cmdp.storage import checkpoint_folder, provenance, whole, write_json, write_table
+from cmdp.storage import checkpoint_folder, provenance, whole, write_json, write_table, write_text
 
+CHOSEN = Path("tuning/chosen.yaml")
 DATA, MODELS, RESULTS, FIGURES = (Path(name) for name in ("data", "models", "results", "figures"))
 LOGGED = (  # columns of a training log that depend on nothing but the seed; the rest are times
     "step",
@@ -70,13 +71,6 @@ def supervised(params: dict, arguments: argparse.Namespace) -> None:
     shutil.rmtree(checkpoints)
 
 
-def run_settings(params: dict, run: str, seed: int) -> tuple[str, dict]:
-    """The method of a run and the `CMDPConfig` fields that it is trained with."""
-    settings = dict(params["runs"][run] or {})
-    method = settings.pop("method", run)
-    return method, {**params["train"], **params["budget"], **settings, "seed": seed}
-
-
 def train(params: dict, arguments: argparse.Namespace) -> None:
     """Distil the student by one run's method and seed."""
     from cmdp import methods
@@ -84,7 +78,8 @@ def train(params: dict, arguments: argparse.Namespace) -> None:
     from cmdp.tasks import load_task, read_problems
 
     run, name = arguments.run, f"{arguments.run}-{arguments.seed}"
-    method, settings = run_settings(params, run, arguments.seed)
+    method = methods.method_of(run)
+    settings = {**params["train"], **params["budget"], **params["runs"].get(run, {}), "seed": arguments.seed}
     student, teacher, tokenizer = load_pair(MODELS / "student", MODELS / "teacher")
     log = []
     if method != "sft":
@@ -166,11 +161,62 @@ def theory(params: dict, _: argparse.Namespace) -> None:
     run(params["theory"], RESULTS / "theory")
 
 
-def choose(params: dict, _: argparse.Namespace) -> None:
-    """From the tuning trials, choose each run's settings: the highest accuracy within the budget."""
-    from cmdp.tuning import choose as best
+def trial(params: dict, arguments: argparse.Namespace) -> None:
+    """Train one trial of the tuning grid and measure it on validation prompts."""
+    from cmdp import methods
+    from cmdp.evaluation import evaluate as measure
+    from cmdp.models import load_pair
+    from cmdp.statistics import with_budget
+    from cmdp.tasks import load_task, read_problems
 
-    best(params, RESULTS)
+    tuning = yaml.safe_load(Path("tuning/params.yaml").read_text(encoding="utf-8"))
+    run, name = arguments.run, f"{arguments.run}-{arguments.index}"
+    tried = tuning["grid"][run][arguments.index]
+    settings = {**params["train"], **params["budget"], **tried, "seed": tuning["seed"]}
+    student, teacher, tokenizer = load_pair(MODELS / "student", MODELS / "teacher")
+    task = load_task(params["task"]["name"])
+    inputs = [DATA / "train.jsonl", *MODELS.glob("student/*"), *MODELS.glob("teacher/*")]
+    checkpoints, resume = checkpoint_folder(f"tuning/{name}", settings, inputs)
+    methods.train(
+        methods.method_of(run),
+        student,
+        teacher,
+        tokenizer,
+        read_problems(DATA / "train.jsonl"),
+        task.is_correct,
+        checkpoints,
+        resume,
+        settings,
+    )
+    completions, _ = measure(
+        student,
+        teacher,
+        tokenizer,
+        task,
+        read_problems(DATA / "validation.jsonl"),
+        tuning["samples"],
+        params["train"]["max_completion_length"],
+        params["evaluate"]["batch_size"],
+        tuning["seed"],
+    )
+    sampled = with_budget(completions[completions["decoding"] == "sampled"], **params["budget"])
+    measures = sampled[["correct", "satisfied", "correct_within", "cost"]].mean()
+    measures.index = ["accuracy", "csr", "accuracy_within", "cost"]
+    row = {"run": run, "index": arguments.index, **tried, **measures}
+    write_table(pd.DataFrame([row]), RESULTS / "tuning" / f"{name}.csv")
+    shutil.rmtree(checkpoints)
+
+
+def choose(params: dict, _: argparse.Namespace) -> None:
+    """Choose each run's settings from the trials, and write them to tuning/chosen.yaml for the experiment to use."""
+    from cmdp import tuning
+
+    trials = tuning.read_trials(RESULTS / "tuning")
+    best = tuning.choose(trials)
+    write_table(trials.assign(chosen=trials.index.isin(best.index).astype(int)), RESULTS / "tuning.csv")
+    chosen = {"sft": {}} | {row["run"]: tuning.settings_of(row) for _, row in best.iterrows()}
+    header = "# Written by `cmdp choose` from results/tuning.csv: what each run adds to `train` in params.yaml.\n\n"
+    write_text(header + yaml.safe_dump({"runs": chosen}, sort_keys=False), CHOSEN)
 
 
 def table(params: dict, _: argparse.Namespace) -> None:
@@ -216,6 +262,8 @@ def read_params(path: Path, overlay: Path | None) -> dict:
         return base | top | nested
 
     params = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if CHOSEN.is_file():
+        params |= yaml.safe_load(CHOSEN.read_text(encoding="utf-8"))
     return merge(params, yaml.safe_load(overlay.read_text(encoding="utf-8"))) if overlay else params
 
 
@@ -229,7 +277,7 @@ def main() -> None:
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="the parameters (params.yaml)")
     parser.add_argument("--overlay", type=Path, help="a profile, laid over the parameters")
     commands = parser.add_subparsers(required=True, metavar="command")
-    stages = (data, supervised, train, evaluate, collect, figures, theory, table, notebook, overlay)
+    stages = (data, supervised, train, evaluate, collect, figures, theory, trial, choose, table, notebook, overlay)
     for stage in stages:
         command = commands.add_parser(stage.__name__, help=stage.__doc__)
         command.set_defaults(stage=stage)
@@ -237,9 +285,9 @@ def main() -> None:
             command.add_argument("role", choices=("teacher", "student"))
         if stage is notebook:
             command.add_argument("name")
-        if stage in (train, evaluate):
-            command.add_argument("run", help="a key of `runs` in the parameters")
-            command.add_argument("seed", type=int)
+        if stage in (train, evaluate, trial):
+            command.add_argument("run", help="a method, with its variant: gkd-grpo-weak")
+            command.add_argument("index" if stage is trial else "seed", type=int)
     arguments = parser.parse_args()
     try:
         params = read_params(arguments.params, arguments.overlay)

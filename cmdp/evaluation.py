@@ -35,9 +35,9 @@ def evaluate(
 
     Returns:
         completions: a row a completion, with `prompt` (its index), `decoding`, `correct`, `valid` (every step right),
-            `tokens`, `truncated`, `entropy` (mean, nats a token), `cost` (C, nats) and `peak` (largest cost of a token).
-        positions: for sampled completions and each position, how many reach it (`count`) and mean and quantiles over all
-            of the cumulative cost C_t in nats, constant after a completion's end.
+            `tokens`, `truncated`, `entropy` (mean, nats a token), `cost` (C, nats) and `peak` (the costliest token's).
+        positions: for sampled completions and each position, how many reach it (`count`) and, over all, mean and
+            quantiles of the cumulative cost C_t in nats, constant after a completion's end.
     """
     student.eval(), teacher.eval()
     torch.manual_seed(seed)
@@ -142,7 +142,9 @@ def ledger(
         forms of the modified reward pay for it, `exhausted` and `overshoot`.
     """
     torch.manual_seed(seed)
-    ids, attention, completion_ids, mask = generate(student, tokenizer, [problem["prompt"]], True, max_completion_length)
+    ids, attention, completion_ids, mask = generate(
+        student, tokenizer, [problem["prompt"]], True, max_completion_length
+    )
     with torch.no_grad():
         cost, _ = score(student, teacher, len(tokenizer), ids, attention, mask)
     text = tokenizer.decode(completion_ids[0], skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""Figures of the default experiment, drawn from results files alone. SVG and PNG, for print and for the colour-blind."""
+"""Figures of the default experiment, from results files alone: SVG and PNG, for print and for the colour-blind."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import seaborn as sns
 from cmdp.storage import whole
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 # Families share a hue of seaborn's colour-blind palette; within one, runs differ by marker.
 PALETTE = sns.color_palette("colorblind")

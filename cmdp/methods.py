@@ -15,6 +15,18 @@ METHODS = {
 }
 
 
+def method_of(run: str) -> str:
+    """The method of a run, which may name a variant of it: "gkd-grpo-weak" is "gkd-grpo".
+
+    Raises:
+        ValueError: the run is not "sft" and names no method.
+    """
+    known = [name for name in ("sft", *METHODS) if run == name or run.startswith(f"{name}-")]
+    if not known:
+        raise ValueError(f"A run is named for one of {('sft', *METHODS)}, not {run!r}.")
+    return max(known, key=len)
+
+
 def train(
     method: str,
     student: PreTrainedModel,

@@ -63,8 +63,8 @@ def write_json(content: dict, path: Path) -> None:
 def checkpoint_folder(name: str, settings: dict, inputs: list[Path]) -> tuple[Path, bool]:
     """The folder for a training run's checkpoints, and whether there is one to go on from.
 
-    A checkpoint fits only the run that it was made by: the same settings, the same input files and the same code of this
-    package. One that does not fit is deleted.
+    A checkpoint fits only the run that it was made by: the same settings, the same input files and the same code of
+    this package. One that does not fit is deleted.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path in sorted([*inputs, *Path(__file__).parent.rglob("*.py")]):

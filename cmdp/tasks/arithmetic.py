@@ -15,7 +15,7 @@ NAMES = ("Ana", "Ben", "Cleo", "Dan", "Eva", "Finn")
 VERBS = {"gets": "+", "loses": "-", "times": "*"}
 LEADS = ("", "so ", "next ")
 PHRASINGS = ("{a} {op} {b} = {c}", "{a} {op} {b} gives {c}", "{op} {b} on {a} gives {c}")
-LARGEST = 30  # no number in a problem or its solution is larger
+LARGEST = 20  # no number in a problem or its solution is larger
 
 # Completions are anyone's text: a number has at most nine digits, since `int` raises past some thousands of them.
 _EQUATION = re.compile(

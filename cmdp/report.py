@@ -1,0 +1,49 @@
+"""The README's generated tables: written between markers, from results files."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from cmdp.storage import write_text
+
+COLUMNS = {
+    "accuracy": "right answers (%)",
+    "csr": "within budget (%)",
+    "accuracy_within": "both (%)",
+    "validity": "every step right (%)",
+    "cost": "mean cost (nats)",
+}
+
+
+def results_table(summary: pd.DataFrame) -> str:
+    """The summary as a Markdown table: a row a run, mean with its 95 % interval."""
+    table = summary.set_index(["run", "measure"])
+    seeds = summary["seeds"].max()
+    lines = ["| run | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for run in summary["run"].unique():
+        cells = [_cell(table.loc[(run, measure)], 1 if measure == "cost" else 100) for measure in COLUMNS]
+        lines.append(f"| {run} | " + " | ".join(cells) + " |")
+    lines.append("")
+    lines.append(f"Held-out prompts, sampled at temperature 1; {seeds} seeds; in brackets 95 % bootstrap intervals.")
+    return "\n".join(lines)
+
+
+def _cell(row: pd.Series, scale: int) -> str:
+    mean, low, high = (f"{scale * row[name]:.1f}" for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """`text` with what stands between the markers of `name` replaced. Raises `ValueError` where a marker is missing."""
+    begin, end = f"<!-- {name}: generated -->\n", f"<!-- {name}: end -->"
+    if begin not in text or end not in text:
+        raise ValueError(f"README.md lacks the markers of {name!r}: {begin.strip()} ... {end}")
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}{content}\n{end}{rest.partition(end)[2]}"
+
+
+def write_readme(path: Path, results: Path) -> None:
+    """Write every generated table into the README."""
+    text = path.read_text(encoding="utf-8")
+    text = fill(text, "results", results_table(pd.read_csv(results / "summary.csv")))
+    write_text(text, path)

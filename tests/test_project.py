@@ -1,0 +1,81 @@
+"""The repository agrees with itself: environments, chosen settings, generated tables, names of files."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from cmdp import cli, report, tuning
+from cmdp.methods import METHODS, method_of
+
+ROOT = Path(__file__).parents[1]
+
+
+def declared() -> list[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return [*project["dependencies"], *(need for group in project["optional-dependencies"].values() for need in group)]
+
+
+def test_environment_yml_asks_for_the_packages_and_ranges_of_pyproject():
+    dependencies = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    pip = next(entry["pip"] for entry in dependencies if isinstance(entry, dict))
+    assert sorted(need for need in pip if not need.startswith("-")) == sorted(declared())
+
+
+def test_requirements_lock_pins_every_declared_package_within_its_range():
+    from packaging.requirements import Requirement
+
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    pins = dict(line.lower().split("==") for line in lines if "==" in line)
+    for need in map(Requirement, declared()):
+        assert need.specifier.contains(pins[need.name.lower()]), need
+    assert not [name for name in pins if name.startswith("nvidia") and name != "nvidia-ml-py"]
+
+
+def test_chosen_settings_are_those_of_the_best_trial_on_validation_prompts():
+    trials = tuning.read_trials(ROOT / "results" / "tuning")
+    assert trials.groupby("run").size().nunique() == 1, "every run has the same number of trials"
+    best = {row["run"]: tuning.settings_of(row) for _, row in tuning.choose(trials).iterrows()}
+    chosen = yaml.safe_load((ROOT / "tuning" / "chosen.yaml").read_text())["runs"]
+    assert {run: settings for run, settings in chosen.items() if run != "sft"} == best
+
+
+def test_the_experiment_does_not_use_the_seed_of_tuning():
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    assert yaml.safe_load((ROOT / "tuning" / "params.yaml").read_text())["seed"] not in params["seeds"]
+
+
+def test_readme_tables_are_those_of_the_results_files():
+    text = (ROOT / "README.md").read_text()
+    table = report.results_table(pd.read_csv(ROOT / "results" / "summary.csv"))
+    assert report.fill(text, "results", table) == text, "run `cmdp table`"
+
+
+def test_a_missing_marker_is_an_error():
+    with pytest.raises(ValueError, match="lacks the markers of 'results'"):
+        report.fill("nothing here", "results", "table")
+
+
+def test_every_run_of_every_profile_names_a_method():
+    for path in [ROOT / "params.yaml", *(ROOT / "profiles").glob("*.yaml")]:
+        for run in yaml.safe_load(path.read_text()).get("methods", []):
+            assert method_of(run) in {"sft", *METHODS}
+    with pytest.raises(ValueError, match="A run is named for one of"):
+        method_of("ppo")
+
+
+def test_an_overlay_replaces_what_it_names_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.yaml").write_text("a: {b: 1, c: 2}\nd: [1, 2]\n")
+    (tmp_path / "top.yaml").write_text("a: {b: 3}\nd: [4]\n")
+    assert cli.read_params(Path("base.yaml"), Path("top.yaml")) == {"a": {"b": 3, "c": 2}, "d": [4]}
+
+
+def test_the_repository_speaks_of_itself_alone():
+    tracked = [*ROOT.glob("*.*"), *ROOT.glob("cmdp/**/*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("notebooks/*.ipynb")]
+    for path in tracked:
+        if path.is_file() and path != Path(__file__):
+            assert not re.search(r"\.\./shared|/work/", path.read_text(encoding="utf-8")), path
