@@ -563,7 +563,8 @@ def learners_table(folder: Path, resamples: int, seed: int) -> pd.DataFrame:
 
     `of_optimum` is the sum of E[R] over the sum of V(s_0, d) (its attained, lower end); `of_upper` the same over the
     upper end. A learner can earn more than the optimum only by violating. The soft Lagrangian's exact optimum at each
-    tree's own best lambda stands among the learners: what no learner of that kind can beat.
+    tree's own best lambda stands among the learners: what no learner of that kind can beat. `_gain` is the paired
+    difference to gkd-grpo, the soft Lagrangian's learner.
     """
     optimum, judged = read(folder / "optimum.csv"), read(folder / "learners.csv")
     ideal = []
@@ -578,18 +579,19 @@ def learners_table(folder: Path, resamples: int, seed: int) -> pd.DataFrame:
     drawn = np.random.default_rng([seed, 13]).integers(trees, size=(resamples, trees))
     drawn = np.concatenate([np.arange(trees)[None], drawn])
     rows = []
-    everything = [(None, both)] + list(both.groupby("budget"))
-    for budget, part in everything:
-        for (variant, method), table in part.groupby(["variant", "method"], sort=False):
+    for budget, part in [("all", both), *both.groupby("budget")]:
+        measured = {}
+        for key, table in part.groupby(["variant", "method"], sort=False):
             sums = table.groupby("tree")[["reward", "violation", "lower", "upper"]].mean().sort_index().to_numpy()
             reward, violation, lower, upper = sums[drawn].mean(1).T  # the first is the estimate itself
-            row = {"budget": "all" if budget is None else budget, "variant": variant, "method": method, "trees": trees}
-            for name, value in (("of_optimum", reward / lower), ("of_upper", reward / upper), ("csr", 1 - violation)):
-                row |= {
-                    name: value[0],
-                    f"{name}_low": np.quantile(value[1:], 0.025),
-                    f"{name}_high": np.quantile(value[1:], 0.975),
-                }
+            measured[key] = {"of_optimum": reward / lower, "of_upper": reward / upper, "csr": 1 - violation}
+        for (variant, method), values in measured.items():
+            row = {"budget": budget, "variant": variant, "method": method, "trees": trees}
+            if baseline := measured.get((variant, "gkd-grpo")):
+                values |= {f"{name}_gain": values[name] - baseline[name] for name in ("of_optimum", "csr")}
+            for name, value in values.items():
+                low, high = np.quantile(value[1:], [0.025, 0.975])
+                row |= {name: value[0], f"{name}_low": low, f"{name}_high": high}
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -648,5 +650,5 @@ def summarise(folder: Path) -> dict:
             ),
             "resolved": float(thresholds["resolved"].mean()),
         },
-        "learners": table.to_dict(orient="records"),
+        "learners": [{k: v for k, v in row.items() if v == v} for row in table.to_dict(orient="records")],  # no NaN
     }

@@ -166,11 +166,11 @@ def penalty(results: Path) -> plt.Figure:
         axis.plot(part.index, part["bound"], color="black", ls="--", lw=1.2, label="bound (1 − J_c) / (1 + n)")
         axis.plot(part.index, part["p"], "o-", color=BLUE, ms=4, label="maximiser of J̃", clip_on=False)
         axis.set_xscale("symlog", linthresh=0.1)
-        axis.set(title=title, xlabel="penalty n", xlim=(0, None), ylim=(0, None))
+        axis.set(title=title, xlabel="penalty n", xlim=(0, None))
         axis.title.set_fontsize(9.5)
         axis.set_xticks([0, 0.1, 1, 10, 100], ["0", "0.1", "1", "10", "100"])
         axis.minorticks_off()
-    axes[0].set_ylabel("P(C > d)")
+    axes[0].set(ylabel="P(C > d)", ylim=(0, 1.05 * rows.groupby(["case", "n"])["bound"].mean().max()))
     axes[0].yaxis.set_major_formatter(PercentFormatter(1))
     axes[2].legend(fontsize=8, frameon=False)
     sns.despine(figure)
@@ -214,7 +214,8 @@ def exact_penalty(results: Path) -> plt.Figure:
         axes[1].plot(part["greatest_price"], part["threshold"], marker, ms=4, color=colour, mfc="none")
     axes[0].set(xlabel="λ", ylabel="max J̃ − V(s₀, d)", xscale="log", yscale="log")
     axes[0].legend(fontsize=8, frameon=False)
-    limits = [found["threshold"].min(), found["threshold"].max()]
+    both = found.loc[found["resolved"], ["threshold", "greatest_price"]].to_numpy()
+    limits = [both.min(), both.max()]
     axes[1].plot(limits, limits, color="black", lw=0.8)
     axes[1].set(
         xlabel="greatest price of a nat, max 1/η(s)", ylabel="least λ that is enough", xscale="log", yscale="log"
