@@ -12,6 +12,7 @@ METHODS = {
     "gkd-grpo": {"reward_form": "lagrangian"},
     "cmdp": {"reward_form": "exhausted"},
     "cmdp-overshoot": {"reward_form": "overshoot"},
+    "cmdp-hinge": {"reward_form": "hinge"},
 }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cmdp.budget import cumulative_cost, discount_factors
 
-FORMS = ("exhausted", "overshoot", "lagrangian")
+FORMS = ("exhausted", "overshoot", "hinge", "lagrangian")
 
 
 class ModifiedReward(NamedTuple):
@@ -45,7 +45,10 @@ def modified_reward(
     - `exhausted` (section 3): r~_t = (1 - over_t) r_t - over_t (n_t + lam Phi_t), with n charged once, at the first
       exhausted token;
     - `overshoot` (ours): r~ = 1{C <= d} R - n 1{C > d} - lam max(0, C - d), at the last token. It charges every token
-      of a violating trajectory, also those that spent the budget, and does not jump in theta;
+      of a violating trajectory, also those that spent the budget, and its penalty does not jump as theta moves a
+      trajectory across the budget; the forfeited R does;
+    - `hinge` (ours): r~ = R - n 1{C > d} - lam max(0, C - d), at the last token. With n = 0 nothing jumps: the exact
+      penalty function of the constraint;
     - `lagrangian`: r~_t = r_t - lam gamma^(t-1) c_t. The budget plays no part: the soft constraint of the baselines.
 
     With an infinite budget and lam = penalty = 0 each is r_t: R at the last token, 0 before. An empty completion has no
@@ -85,10 +88,10 @@ def modified_reward(
         weight = lam * discount_factors(mask.to(cost.dtype), discount)
         return ModifiedReward(task - weight * cost, weight, over)
 
-    if form == "overshoot":
+    if form in ("overshoot", "hinge"):
         excess = (total[:, -1] - budget.to(cost.dtype)).clamp(min=0.0)
         charge = torch.where(violated, penalty + lam * excess, 0.0)
-        reward = task.masked_fill(violated[:, None], 0.0)
+        reward = task if form == "hinge" else task.masked_fill(violated[:, None], 0.0)
         reward = reward.scatter_add(1, last[:, None], -charge[:, None])
         weight = lam * discount_factors(mask.to(cost.dtype), discount) * violated[:, None]
         return ModifiedReward(reward, weight, over)

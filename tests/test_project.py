@@ -7,6 +7,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from cmdp import cli, report, tuning
 from cmdp.methods import METHODS, method_of
@@ -26,12 +28,10 @@ def test_environment_yml_asks_for_the_packages_and_ranges_of_pyproject():
 
 
 def test_requirements_lock_pins_every_declared_package_within_its_range():
-    from packaging.requirements import Requirement
-
     lines = (ROOT / "requirements.lock").read_text().splitlines()
-    pins = dict(line.lower().split("==") for line in lines if "==" in line)
+    pins = {canonicalize_name(name): pin for name, _, pin in (line.partition("==") for line in lines) if pin}
     for need in map(Requirement, declared()):
-        assert need.specifier.contains(pins[need.name.lower()]), need
+        assert need.specifier.contains(pins[canonicalize_name(need.name)]), need
     assert not [name for name in pins if name.startswith("nvidia") and name != "nvidia-ml-py"]
 
 
