@@ -24,19 +24,21 @@ $(BIN)/.ready: requirements.lock pyproject.toml
 	touch $@
 
 repro: setup
-	./repro.sh $(JOBS) supervised evaluate
+	./parallel.sh $(JOBS) data supervised train evaluate
+	dvc repro
 	cmdp table
 
 tune: setup
-	dvc repro supervised
-	cd tuning && ../repro.sh $(JOBS) trial
+	./parallel.sh $(JOBS) data supervised
+	cd tuning && ../parallel.sh $(JOBS) trial && dvc repro
 
 smoke: setup
 	rm -rf .smoke && mkdir .smoke
 	git ls-files --cached --others --exclude-standard -z | grep -zv -e '^results/' -e '^figures/' -e '^dvc.lock$$' \
 		| xargs -0 cp --parents --target-directory .smoke 2>/dev/null || true
 	cmdp --overlay profiles/smoke.yaml overlay > .smoke/params.yaml
-	cd .smoke && git init --quiet && PYTHONPATH=$(CURDIR)/.smoke ./repro.sh $(JOBS) supervised evaluate
+	cd .smoke && git init --quiet && export PYTHONPATH=$(CURDIR)/.smoke && \
+		./parallel.sh $(JOBS) data supervised train evaluate && dvc repro
 	@echo "The pipeline ran: see .smoke/results and .smoke/figures."
 
 test: setup

@@ -40,7 +40,7 @@ class CMDPConfig(GRPOConfig):
     budget: float = field(default=math.inf, metadata={"help": "d in nats (total), or delta in nats a token."})
     budget_form: str = field(default="total", metadata={"help": "How the budget is stated: total or per_token."})
     discount: float = field(default=1.0, metadata={"help": "gamma of the cumulative cost."})
-    reward_form: str = field(default="exhausted", metadata={"help": "exhausted, overshoot, hinge or lagrangian (reward.py)."})
+    reward_form: str = field(default="exhausted", metadata={"help": f"One of {FORMS} (reward.py)."})
     lam: float = field(default=1.0, metadata={"help": "lambda, reward per nat."})
     penalty: float = field(default=0.0, metadata={"help": "n, charged once to a trajectory that exhausts its budget."})
     task_weight: float = field(default=1.0, metadata={"help": "Factor of the task reward; 0 distils only."})
@@ -170,7 +170,7 @@ class CMDPTrainer(GRPOTrainer):
         self._scores = self._teacher_batch = None
         outputs = super()._generate_and_score_completions(inputs)
 
-        if self._scores is None:  # several optimisation steps a generation, or vLLM: TRL has called for it already
+        if self._scores is None:  # otherwise TRL, for its old log-probabilities, has run the scoring pass already
             with torch.no_grad():
                 self._get_per_token_logps_and_entropies(
                     self.model,
