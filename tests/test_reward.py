@@ -1,4 +1,4 @@
-"""The modified reward in its three forms, and the group advantage (method, sections 3, 4 (c) and 6)."""
+"""The modified reward in its forms, and the group advantage (method, sections 3, 4 (c) and 6)."""
 
 import math
 
@@ -34,9 +34,9 @@ def written_out(task, cost, mask, budget, lam, penalty, form, phi, discount):
         elif form == "exhausted" and spent > budget:
             rewards[t] -= lam * phi[t] + (0.0 if exhausted else penalty)
             exhausted = True
-    if form == "overshoot" and spent > budget:
+    if form in ("overshoot", "hinge") and spent > budget:
         rewards[last] -= penalty + lam * (spent - budget)
-    if form == "lagrangian" or spent <= budget:
+    if form in ("lagrangian", "hinge") or spent <= budget:
         rewards[last] += task
     return rewards
 
@@ -98,7 +98,7 @@ def test_without_penalties_and_with_an_infinite_budget_it_is_grpos_reward_exactl
         assert plain.reward[row, last] == task[row]
 
 
-@given(SEEDS, st.sampled_from(["exhausted", "overshoot"]), SIZES, SIZES)
+@given(SEEDS, st.sampled_from(["exhausted", "overshoot", "hinge"]), SIZES, SIZES)
 @settings(max_examples=60, deadline=None)
 def test_an_infinite_budget_is_never_charged_whatever_the_penalties(seed, form, lam, penalty):
     task, cost, mask = random_batch(seed)
@@ -169,13 +169,27 @@ def test_task_reward_and_constant_penalty_are_lost_at_a_crossing_in_both_forms(f
     assert below - above == pytest.approx(1.0 + 0.7 + 2.0 * phi, abs=1e-8)
 
 
-def test_overshoot_charges_the_tokens_that_spent_the_budget_and_exhausted_only_those_after():
+def test_hinge_keeps_the_task_reward_and_is_continuous_at_a_crossing_but_for_the_constant_penalty():
+    below, above = (crossing("hinge", sign * 1e-9) for sign in (-1, 1))
+    assert below == 1.0
+    assert above == pytest.approx(1.0, abs=3e-9)
+    assert crossing("hinge", 0.2) == pytest.approx(1.0 - 2.0 * 0.2)
+    below, above = (crossing("hinge", sign * 1e-9, penalty=0.7) for sign in (-1, 1))
+    assert below - above == pytest.approx(0.7, abs=1e-8)
+
+
+def test_overshoot_and_hinge_charge_the_tokens_that_spent_the_budget_and_exhausted_only_those_after():
     cost, mask = torch.tensor([[0.6, 0.6, 0.6]]), torch.ones(1, 3)
     weights = {
         form: modified_reward(torch.ones(1), cost, mask, torch.tensor([1.0]), lam=2.0, form=form).weight.tolist()
         for form in FORMS
     }
-    assert weights == {"exhausted": [[0.0, 2.0, 2.0]], "overshoot": [[2.0] * 3], "lagrangian": [[2.0] * 3]}
+    assert weights == {
+        "exhausted": [[0.0, 2.0, 2.0]],
+        "overshoot": [[2.0] * 3],
+        "hinge": [[2.0] * 3],
+        "lagrangian": [[2.0] * 3],
+    }
 
 
 def test_lagrangian_pays_whatever_the_budget_and_discounts_the_cost():
@@ -228,8 +242,9 @@ def test_a_completion_without_task_reward_is_still_charged_where_it_violates():
     [
         ({"lam": -1.0}, "0 or more"),
         ({"lam": 1.0, "penalty": -1.0}, "0 or more"),
-        ({"lam": 1.0, "form": "hinge"}, "'hinge'"),
+        ({"lam": 1.0, "form": "cliff"}, "'cliff'"),
         ({"lam": 1.0, "form": "overshoot", "phi": torch.ones(1, 2)}, "no Phi of its own"),
+        ({"lam": 1.0, "form": "hinge", "phi": torch.ones(1, 2)}, "no Phi of its own"),
         ({"lam": 1.0, "form": "lagrangian", "phi": torch.ones(1, 2)}, "no Phi of its own"),
     ],
 )

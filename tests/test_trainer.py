@@ -133,7 +133,7 @@ def test_as_grpo_it_has_the_loss_and_gradient_of_trl(student, teacher, tokenizer
     assert distance(ours[1], theirs[1]) < 1e-5
 
 
-@pytest.mark.parametrize("form", ["exhausted", "overshoot", "lagrangian"])
+@pytest.mark.parametrize("form", ["exhausted", "overshoot", "hinge", "lagrangian"])
 def test_without_penalties_every_form_is_grpo(student, teacher, tokenizer, tmp_path, form):
     theirs = one_step(
         build(copy.deepcopy(student), None, tokenizer, tmp_path, GRPOTrainer, beta=0.0, scale_rewards="none")
@@ -214,8 +214,9 @@ def reference(
         if reward_form == "exhausted":
             total = (0.0 if over[-1] else rewards[index]) - penalty * over.any() - lam * (paid * over).sum()
             charged = over.float()
-        elif reward_form == "overshoot":
-            total = rewards[index] if spent <= limit else -penalty - lam * (spent - limit)
+        elif reward_form in ("overshoot", "hinge"):
+            kept = rewards[index] if spent <= limit or reward_form == "hinge" else 0.0
+            total = kept - (penalty + lam * (spent - limit) if spent > limit else 0.0)
             charged = gammas * (spent > limit)
         else:
             total = rewards[index] - lam * spent
@@ -242,6 +243,7 @@ CASES = {
     "exhausted-discounted": {"reward_form": "exhausted", "discount": 0.9},
     "overshoot": {"reward_form": "overshoot", "lam": 0.5},
     "overshoot-discounted": {"reward_form": "overshoot", "penalty": 0.5, "discount": 0.9, "loss_type": "dr_grpo"},
+    "hinge": {"reward_form": "hinge", "lam": 0.5, "penalty": 0.3, "discount": 0.9},
     "lagrangian": {"reward_form": "lagrangian", "lam": 0.1},
     "forward-kl": {"reward_form": "exhausted", "divergence": "forward_kl"},
     "jsd": {"reward_form": "overshoot", "divergence": "jsd", "budget": 0.8},
@@ -615,7 +617,7 @@ def test_a_head_with_too_few_rows_is_refused_by_name(student, teacher, tokenizer
     ("options", "message"),
     [
         ({"loss_type": "grpo"}, "loss_type is one of .*'grpo'"),
-        ({"reward_form": "hinge"}, "reward_form is one of .*'hinge'"),
+        ({"reward_form": "cliff"}, "reward_form is one of .*'cliff'"),
         ({"divergence": "tv"}, "divergence is one of .*'tv'"),
         ({"scale_rewards": "batch"}, "scale_rewards is one of .*'batch'"),
         ({"beta": 0.04}, "beta must be 0"),
