@@ -83,10 +83,16 @@ def cost_by_position(positions: pd.DataFrame, budget: float) -> plt.Figure:
     """Cumulative cost as the completion is written: median and upper tenth of trajectories, the budget drawn in."""
     mean = positions.groupby(["run", "position"], sort=False).mean(numeric_only=True).reset_index()
     runs = list(positions["run"].unique())
-    columns = 4
+    columns = min(3, len(runs))
     rows = -(-len(runs) // columns)
     figure, grid = plt.subplots(
-        rows, columns, figsize=(2.3 * columns, 2.1 * rows), sharex=True, sharey=True, squeeze=False
+        rows,
+        columns,
+        figsize=(2.2 * columns, 1.8 * rows + 0.9),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for axes, run in zip(grid.flat, runs, strict=False):
         group, (colour, _) = mean[mean["run"] == run], style(run)
@@ -96,10 +102,9 @@ def cost_by_position(positions: pd.DataFrame, budget: float) -> plt.Figure:
         axes.set_title(run, fontsize="medium")
     for axes in list(grid.flat)[len(runs) :]:
         axes.set_visible(False)
-    figure.supxlabel("position in the completion (tokens)")
-    figure.supylabel("cumulative cost (nats)")
-    figure.suptitle("Median and 10 to 90 % of trajectories; dashed: the budget", x=0.02, ha="left", fontsize="medium")
-    figure.tight_layout()
+    figure.supxlabel("position in the completion (tokens)", fontsize="medium")
+    figure.supylabel("cumulative cost (nats)", fontsize="medium")
+    figure.suptitle("Line: median. Shade: 10 to 90 % of trajectories. Dashed: the budget", fontsize="medium")
     return figure
 
 

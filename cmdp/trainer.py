@@ -67,6 +67,8 @@ class CMDPConfig(GRPOConfig):
         ):
             if value not in known:
                 raise ValueError(f"{name} is one of {known}, not {value!r}.")
+        if self.penalty > 0 and self.reward_form == "lagrangian":
+            raise ValueError("The lagrangian form knows no violation and so no penalty n: leave penalty at 0.")
         if self.lam < 0 or self.penalty < 0:
             raise ValueError(f"lam and penalty must be 0 or more, but they are {self.lam} and {self.penalty}.")
         if not self.long_term and self.reward_form != "lagrangian":
@@ -120,29 +122,33 @@ class CMDPTrainer(GRPOTrainer):
             self.teacher = prepare_fsdp(teacher, self.accelerator)
         else:
             self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
-        self._task_reward = self._scores = self._teacher_batch = self._divergence = None
+        self._task_reward = self._scores = self._teacher_batch = self._charged = self._divergence = None
         self._rollout_time = 0.0
 
     def _add_divergence(self, model: PreTrainedModel) -> None:
         """Let the student's fused forward also return the divergence from `teacher_hidden`, where it is given.
 
-        It is computed inside the forward so that DDP's and FSDP's wrappers see every use of a parameter.
+        `where` (B, T) says at which tokens. Without `fused_lm_head` the divergence is all that the forward computes.
+        It is done inside the forward so that DDP's and FSDP's wrappers see every use of a parameter.
         """
         fused_forward, args = model.forward, self.args
 
         @functools.wraps(type(model).forward)
-        def forward(model, *inputs, teacher_hidden=None, **kwargs):
+        def forward(model, *inputs, teacher_hidden=None, where=None, fused_lm_head=False, **kwargs):
             if teacher_hidden is None:
-                return fused_forward(*inputs, **kwargs)
-            with _last_hidden_state(model) as captured:
-                output = fused_forward(*inputs, **kwargs)
+                return fused_forward(*inputs, fused_lm_head=fused_lm_head, **kwargs)
+            if fused_lm_head:
+                with _last_hidden_state(model) as captured:
+                    output = fused_forward(*inputs, fused_lm_head=True, **kwargs)
+            else:
+                captured, output = {"hidden": model.base_model(*inputs, **kwargs).last_hidden_state}, {}
             keep = teacher_hidden.shape[1]
             divergence = divergence_from_hidden(
                 captured["hidden"][:, -keep - 1 : -1],
                 lm_head(model, self._vocab_size),
                 teacher_hidden,
                 lm_head(self.accelerator.unwrap_model(self.teacher), self._vocab_size),
-                kwargs["attention_mask"][:, -keep:],
+                where,
                 args.divergence,
                 args.jsd_beta,
                 self.temperature,
@@ -178,6 +184,7 @@ class CMDPTrainer(GRPOTrainer):
                     torch.cat([outputs["prompt_mask"], outputs["completion_mask"]], dim=1),
                     outputs["completion_ids"].shape[1],
                     self.args.per_device_train_batch_size,
+                    compute_logps=self._sampled,
                 )
         mask = _loss_mask(outputs)
         cost = self._scores.pop("divergence").masked_fill(mask == 0, 0.0)
@@ -225,44 +232,55 @@ class CMDPTrainer(GRPOTrainer):
         batch_size=None,
         compute_entropy=False,
         compute_aux_loss=False,
-        **_,
+        compute_logps=True,
+        **images,
     ):
         """TRL's one student forward, made to yield the divergence with it.
 
         Without a teacher batch (after generation) it runs the teacher too and keeps its states; with one (in the loss)
-        it uses that. The divergence is left in `self._scores` and `self._divergence`.
+        it uses that, and at the tokens alone whose divergence the loss charges. The divergence is left in
+        `self._scores` and `self._divergence`.
         """
+        if any(value is not None for value in images.values()):
+            raise ValueError("CMDPTrainer distils from text: the dataset must have no images.")
         scoring = self._teacher_batch is None
         rows = batch_size or len(input_ids)
+        where = attention_mask[:, -logits_to_keep:] if scoring else self._charged
         parts = []
-        for ids, attended, teacher in zip(
+        for ids, attended, on, teacher in zip(
             input_ids.split(rows),
             attention_mask.split(rows),
+            where.split(rows),
             [None] * math.ceil(len(input_ids) / rows) if scoring else self._teacher_batch.split(rows),
             strict=True,
         ):
             if scoring:
                 teacher = self._teacher_pass(ids, attended, logits_to_keep)
-            labels = ids.masked_fill(attended == 0, -100)
-            labels[:, :-logits_to_keep] = -100
             extra = {"output_router_logits": True} if compute_aux_loss else {}
+            if compute_logps:
+                extra["labels"] = ids.masked_fill(attended == 0, -100)
+                extra["labels"][:, :-logits_to_keep] = -100
             if not self._sampled and teacher.shape[1]:
-                extra["teacher_hidden"] = teacher
+                extra |= {"teacher_hidden": teacher, "where": on}
             with self.accelerator.autocast():
                 output = model(
-                    input_ids=ids, attention_mask=attended, labels=labels, fused_lm_head=True, use_cache=False, **extra
+                    input_ids=ids, attention_mask=attended, fused_lm_head=compute_logps, use_cache=False, **extra
                 )
-            logps = output.log_probs[:, -logits_to_keep:]
+            logps = entropy = None
+            if compute_logps:
+                logps, entropy = output.log_probs[:, -logits_to_keep:], output.entropy[:, -logits_to_keep:]
             if self._sampled:
                 divergence = sampled_divergence(logps, teacher, self.args.divergence) if teacher.shape[1] else None
             else:
                 divergence = getattr(output, "divergence", None)
-            parts.append((logps, output.entropy[:, -logits_to_keep:], divergence, teacher, output.aux_loss))
+            parts.append((logps, entropy, divergence, teacher, output.aux_loss))
         logps, entropies, divergences, teachers, aux_losses = zip(*parts, strict=True)
         self._divergence = None if divergences[0] is None else torch.cat(divergences)
         if scoring:
             name = "teacher_logps" if self._sampled else "teacher_hidden"
             self._scores = {"divergence": self._divergence, name: torch.cat(teachers)}
+        if not compute_logps:
+            return None, None, None
         aux_loss = torch.stack(aux_losses).mean() if compute_aux_loss else None
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, aux_loss
 
@@ -287,6 +305,7 @@ class CMDPTrainer(GRPOTrainer):
         teacher = inputs.get("teacher_logps" if self._sampled else "teacher_hidden")
         # an empty teacher batch says that this is the loss, not the scoring, and that no teacher is needed
         self._teacher_batch = inputs["completion_ids"][:, :0] if teacher is None else teacher
+        self._charged = _loss_mask(inputs) * (inputs["single_step_weight"] != 0)
         policy_loss = super()._compute_loss(model, inputs)
         metrics = self._metrics[self._mode]
         scale = self.current_gradient_accumulation_steps if self.model.training else 1.0
@@ -296,8 +315,8 @@ class CMDPTrainer(GRPOTrainer):
             return policy_loss
         # the direct gradient of k1 is grad log pi, whose mean is zero: its credit is all in the policy part
         divergence = self._divergence.detach() if self.args.divergence == "k1" else self._divergence
-        mask = _loss_mask(inputs)
-        single_step_loss = (inputs["single_step_weight"] * divergence * mask).sum() / self._normaliser(inputs)
+        charged = inputs["single_step_weight"] * divergence * self._charged
+        single_step_loss = charged.sum() / self._normaliser(inputs)
         metrics["loss/single_step"].append(self._mean_over_processes(single_step_loss * scale))
         return policy_loss + single_step_loss
 

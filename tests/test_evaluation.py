@@ -1,0 +1,100 @@
+"""What evaluation writes down is what the completions are: checked against a reckoning of its own."""
+
+import copy
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+
+from cmdp.divergence import divergence_from_logits
+from cmdp.evaluation import evaluate, generate, ledger, score
+
+PROBLEMS = [{"prompt": "a b c", "answer": "x"}, {"prompt": "d e f g h", "answer": "a"}]
+TASK = SimpleNamespace(
+    is_correct=lambda completion, answer: answer in completion.split(),
+    steps_are_valid=lambda completion, prompt: len(completion.split()) < 4,
+)
+LENGTH = 12
+
+
+def measure(student, teacher, tokenizer, **changes):
+    settings = {"samples": 8, "max_completion_length": LENGTH, "batch_size": 5, "seed": 0} | changes
+    return evaluate(student, teacher, tokenizer, TASK, PROBLEMS, **settings)
+
+
+@pytest.fixture
+def tables(student, teacher, tokenizer):
+    return measure(student, teacher, tokenizer)
+
+
+def test_every_problem_is_sampled_and_decoded_greedily(tables):
+    completions, _ = tables
+    counts = completions.groupby(["prompt", "decoding"]).size().to_dict()
+    assert counts == {(p, d): n for p in (0, 1) for d, n in (("sampled", 8), ("greedy", 1))}
+    assert completions["tokens"].between(1, LENGTH).all()
+    assert completions.loc[completions["truncated"] == 1, "tokens"].eq(LENGTH).all()
+    assert 0 < completions["truncated"].mean() < 1, "both ended and truncated completions are met"
+
+
+def test_the_same_seed_gives_the_same_tables_and_another_seed_others(student, teacher, tokenizer, tables):
+    for again, table in zip(measure(student, teacher, tokenizer), tables, strict=True):
+        pd.testing.assert_frame_equal(again, table)
+    assert not measure(student, teacher, tokenizer, seed=1)[0]["cost"].equals(tables[0]["cost"])
+
+
+def test_a_student_that_is_the_teacher_costs_nothing(student, tokenizer):
+    completions, positions = measure(student, copy.deepcopy(student), tokenizer)
+    assert completions["cost"].abs().max() < 1e-5
+    assert positions["mean"].abs().max() < 1e-5
+
+
+def test_cost_and_entropy_are_those_of_the_full_distributions(student, teacher, tokenizer):
+    prompts = [problem["prompt"] for problem in PROBLEMS] * 4
+    torch.manual_seed(0)
+    with torch.no_grad():
+        ids, attention, completion_ids, mask = generate(student, tokenizer, prompts, True, LENGTH)
+        cost, entropy = score(student, teacher, len(tokenizer), ids, attention, mask)
+        keep = mask.shape[1]
+        logits = [
+            model(input_ids=ids, attention_mask=attention).logits[:, -keep - 1 : -1] for model in (student, teacher)
+        ]
+    logps = logits[0].log_softmax(-1)
+    torch.testing.assert_close(cost, divergence_from_logits(*logits) * mask, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(entropy, -(logps.exp() * logps).sum(-1) * mask, atol=1e-5, rtol=1e-4)
+    for row, on in zip(completion_ids, mask, strict=True):  # the mask ends with the first end token
+        ended = (row == tokenizer.eos_token_id).nonzero()
+        assert on.sum() == (ended[0] + 1 if len(ended) else keep)
+
+
+def test_batches_do_not_change_what_a_completion_costs(student, teacher, tokenizer):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        ids, attention, _, mask = generate(student, tokenizer, [row["prompt"] for row in PROBLEMS], True, LENGTH)
+        together = score(student, teacher, len(tokenizer), ids, attention, mask)
+        for row in range(len(ids)):
+            one = slice(row, row + 1)
+            alone = score(student, teacher, len(tokenizer), ids[one], attention[one], mask[one])
+            torch.testing.assert_close(alone[0], together[0][one], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(alone[1], together[1][one], atol=1e-5, rtol=1e-4)
+
+
+def test_positions_count_and_quantiles_agree_with_the_completions(tables):
+    completions, positions = tables
+    sampled = completions[completions["decoding"] == "sampled"]
+    assert positions["position"].tolist() == list(range(1, LENGTH + 1))
+    assert positions["count"].tolist() == [(sampled["tokens"] >= t).sum() for t in positions["position"]]
+    last = positions.iloc[-1]
+    assert last["mean"] == pytest.approx(sampled["cost"].mean(), rel=1e-5)
+    assert last["q50"] == pytest.approx(sampled["cost"].median(), rel=1e-5)
+    assert (positions["mean"].diff().dropna() >= -1e-6).all()
+
+
+def test_a_ledger_spends_the_budget_and_pays_both_rewards(student, teacher, tokenizer):
+    settings = {"budget": 0.5, "budget_form": "total", "lam": 2.0}
+    table = ledger(student, teacher, tokenizer, PROBLEMS[0], TASK, settings, LENGTH, seed=3)
+    assert table["remaining"].to_list() == pytest.approx((0.5 - table["cost"].cumsum()).to_list(), abs=1e-5)
+    assert (table["remaining"] < 0).any(), "this budget is exceeded"
+    over = table["remaining"] < 0
+    assert table["exhausted"].to_list() == pytest.approx((-2.0 * table["cost"] * over).to_list(), abs=1e-5)
+    assert table["overshoot"].sum() == pytest.approx(2.0 * table["remaining"].iloc[-1], abs=1e-5)
