@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cmdp.divergence import divergence_from_logits
-from cmdp.reward import modified_reward
+from cmdp.reward import ModifiedReward, modified_reward
 
 ETA_MAX = 1e8  # a tilt so strong that it is the argmax, for values scaled to [0, 1]
 CHUNK = 2**15  # tilting problems solved at once: few enough for the processor's cache
@@ -136,21 +136,13 @@ def outcome(trees: Trees, logits: Tensor, budget: Tensor, tolerance: float = 1e-
     }
 
 
-def reward_of_sequences(trees: Trees, cost: Tensor, budget: Tensor, form: str, **strengths: float):
+def reward_of_sequences(trees: Trees, cost: Tensor, budget: Tensor, form: str, **strengths: float) -> ModifiedReward:
     """`modified_reward` of every sequence of every tree: cost (N, L, H) -> tensors of (N L, H).
 
     The budget is that of the tree, (N,), or of each sequence, (N, L), as when it is granted per token.
-
-    `hinge` (ours) is R - n 1{C > d} - lam max(0, C - d): the overshoot form, but R is kept when the budget is not.
     """
-    count = cost.shape[1]
-    mask = trees.paths.mask.repeat(len(cost), 1)
-    reward, budget = trees.reward.flatten(), _each(budget, count).flatten()
-    if form != "hinge":
-        return modified_reward(reward, cost.flatten(0, 1), mask, budget, form=form, **strengths)
-    parts = modified_reward(torch.zeros_like(reward), cost.flatten(0, 1), mask, budget, form="overshoot", **strengths)
-    kept = modified_reward(reward, cost.flatten(0, 1), mask, budget, form="lagrangian", lam=0.0)
-    return parts._replace(reward=parts.reward + kept.reward)
+    mask, budget = trees.paths.mask.repeat(len(cost), 1), _each(budget, cost.shape[1]).flatten()
+    return modified_reward(trees.reward.flatten(), cost.flatten(0, 1), mask, budget, form=form, **strengths)
 
 
 def _each(budget: Tensor, count: int) -> Tensor:
