@@ -147,18 +147,27 @@ def collect(params: dict, _: argparse.Namespace) -> None:
     write_json(provenance(), RESULTS / "provenance.json")
 
 
-def figures(params: dict, _: argparse.Namespace) -> None:
-    """Draw every figure of the default experiment from its results files."""
-    from cmdp import figures as draw
+def figures(params: dict, arguments: argparse.Namespace) -> None:
+    """Draw every figure of the default experiment, or of the theory study, from its results files."""
+    if arguments.subject == "theory":
+        from cmdp.theory.figures import draw_all
 
-    draw.draw_all(RESULTS, FIGURES / "default", params["budget"]["budget"])
+        draw_all(RESULTS / "theory", FIGURES / "theory")
+    else:
+        from cmdp.figures import draw_all
+
+        draw_all(RESULTS, FIGURES / "default", params["budget"]["budget"])
 
 
 def theory(params: dict, _: argparse.Namespace) -> None:
     """Check the guarantees on token trees and set the learners against the exact optimum."""
-    from cmdp.theory import run
+    import torch
 
-    run(params["theory"], RESULTS / "theory")
+    from cmdp.theory.study import run
+
+    torch.set_num_threads(params["threads"])
+    with whole(RESULTS / "theory") as folder:
+        run(params["theory"], folder)
 
 
 def trial(params: dict, arguments: argparse.Namespace) -> None:
@@ -220,7 +229,7 @@ def choose(params: dict, _: argparse.Namespace) -> None:
 
 
 def table(params: dict, _: argparse.Namespace) -> None:
-    """Write the results table between its markers in README.md."""
+    """Write the generated tables between their markers in README.md."""
     from cmdp.report import write_readme
 
     write_readme(Path("README.md"), RESULTS)
@@ -283,6 +292,8 @@ def main() -> None:
         command.set_defaults(stage=stage)
         if stage is supervised:
             command.add_argument("role", choices=("teacher", "student"))
+        if stage is figures:
+            command.add_argument("subject", nargs="?", choices=("default", "theory"), default="default")
         if stage is notebook:
             command.add_argument("name")
         if stage in (train, evaluate, trial):

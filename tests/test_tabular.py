@@ -26,10 +26,11 @@ from cmdp.tabular import (
     soft_values,
     tilt,
 )
-from cmdp.tabular_learners import STRENGTH, learn, see_budget
-from cmdp.theory import over, two_tokens, without_budget
+from cmdp.theory import FORMS, STRENGTH
+from cmdp.theory.crossings import over
+from cmdp.theory.guarantees import two_tokens, without_budget
+from cmdp.theory.learners import learn, see_budget
 
-FORMS = ("exhausted", "overshoot", "hinge")
 SEEDS = st.integers(0, 2**31 - 1)
 
 
@@ -67,11 +68,13 @@ def test_paths_are_every_sequence_once(eos):
     for word in itertools.product(range(vocab), repeat=depth):
         end = word.index(vocab - 1) + 1 if eos and vocab - 1 in word else depth
         expected.add(word[:end])
-    assert len(paths.action) == len(written) and written == expected
+    assert len(paths.action) == len(written)
+    assert written == expected
     for row, (state, action, mask) in enumerate(zip(paths.state, paths.action, paths.mask, strict=True)):
         here = 0
         for t in range(int(mask.sum())):
-            assert state[t] == here and paths.depth[here] == t
+            assert state[t] == here
+            assert paths.depth[here] == t
             here = int(paths.child[here, action[t]])
         assert here == -1 - row
 
@@ -112,8 +115,11 @@ def test_tilt_brackets_the_best_policy_in_a_kl_ball(seed, kappa):
     teacher, values = rng.dirichlet(np.ones(3)), rng.random(3) * rng.choice([1.0, 1e-6])
     policy, lower, upper = (x[..., 0] for x in tilt(teacher[:, None], values[:, None], np.array([kappa])))
     kl = (policy * np.log(np.where(policy > 0, policy, 1) / teacher)).sum()
-    assert kl <= kappa + 1e-9 and policy.sum() == pytest.approx(1) and policy @ values == pytest.approx(lower)
-    assert lower <= upper + 1e-12 and upper - lower <= 1e-6 * np.ptp(values) + 1e-12
+    assert kl <= kappa + 1e-9
+    assert policy.sum() == pytest.approx(1)
+    assert policy @ values == pytest.approx(lower)
+    assert lower <= upper + 1e-12
+    assert upper - lower <= 1e-6 * np.ptp(values) + 1e-12
     other = rng.dirichlet(np.ones(3), size=2000)  # no policy in the ball does better
     inside = (other * np.log(other / teacher)).sum(1) <= kappa
     assert (other[inside] @ values).max(initial=0.0) <= upper + 1e-12
@@ -125,12 +131,14 @@ def test_the_budgeted_policy_attains_its_value_and_never_violates(seed, budget, 
     trees, _ = make(seed, eos=eos)
     grid = quadratic(budget, 31)
     lower, upper = budgeted_values(trees, grid), budgeted_values(trees, grid, "upper")
-    assert (lower <= upper + 1e-12).all() and (np.diff(lower, axis=-1) >= -1e-12).all()
+    assert (lower <= upper + 1e-12).all()
+    assert (np.diff(lower, axis=-1) >= -1e-12).all()
     for level in (0, 12, 30):
         attained = budgeted_policy(trees, grid, lower, level)
         found = outcome(trees, attained.logits, full(grid[level], 3))
         np.testing.assert_allclose(found["reward"], lower[:, 0, level], atol=1e-9)
-        assert found["violation"].max() == 0 and (found["worst"] <= grid[level] + 1e-9).all()
+        assert found["violation"].max() == 0
+        assert (found["worst"] <= grid[level] + 1e-9).all()
         assert (attained.remaining >= 0).all()  # and z at a state is a number, not a distribution: section 2
     teacher = outcome(trees, trees.teacher, full(0.0, 3))["reward"]
     np.testing.assert_allclose(lower[:, 0, 0], teacher)  # no budget: the teacher
@@ -146,7 +154,8 @@ def test_the_bracket_closes_as_the_grid_is_refined():
     for coarse, fine in itertools.pairwise(gaps):
         assert (fine < 0.7 * coarse).all()
     for coarse, fine in itertools.combinations(brackets, 2):  # every lower end is below every upper end
-        assert (coarse[0] <= fine[1]).all() and (fine[0] <= coarse[1]).all()
+        assert (coarse[0] <= fine[1]).all()
+        assert (fine[0] <= coarse[1]).all()
 
 
 @given(SEEDS, st.floats(0.05, 5.0))
@@ -226,7 +235,8 @@ def test_a_the_bound_is_tight_for_a_budget_per_token():
         kept = violation[(within - n * violation).argmax()], (1 - feasible) / (1 + n)
         assert kept[0] <= kept[1]
         n += 0.001
-    assert kept[0] / kept[1] > 0.998 and n == pytest.approx(0.438, abs=0.01)
+    assert kept[0] / kept[1] > 0.998
+    assert n == pytest.approx(0.438, abs=0.01)
     # the tree's budgets are the package's own
     mask = enumerate_paths(2, 2).mask
     torch.testing.assert_close(trajectory_budget(0.1, mask, "per_token").double(), 0.1 * mask.sum(1).double())
@@ -292,7 +302,8 @@ def test_d_meeting_the_budget_on_average_lets_many_trajectories_violate_it():
         found = outcome(tree, soft_optimum(tree, full(high, 1)), full(0.2, 1))
         assert float(found["cost"]) <= 0.2
         shares.append(float(found["violation"]))
-    assert max(shares) > 0.5 and np.median(shares) > 0.2
+    assert max(shares) > 0.5
+    assert np.median(shares) > 0.2
 
 
 # --------------------------------------------------------------------------------------------- the exact penalty
@@ -307,7 +318,8 @@ def test_the_hinge_is_an_exact_penalty_from_the_greatest_price_on(seed):
     best, price = values[:, 0, -1], budgeted_policy(trees, grid, values, 40).price
     prices = torch.tensor([0.05, 0.5, 5.0, 500.0], dtype=torch.float64)
     earned = np.stack([budgeted_values(trees, grid, price=p.expand(3))[:, 0, -1] for p in prices])
-    assert (np.diff(earned, axis=0) <= 1e-12).all() and (earned >= best - 1e-12).all()
+    assert (np.diff(earned, axis=0) <= 1e-12).all()
+    assert (earned >= best - 1e-12).all()
     for row in range(3):  # a little more than the greatest price is enough, half of the root's is too little
         finite = price[row][np.isfinite(price[row])]
         above = budgeted_values(trees, grid, price=full(1.05 * finite.max() + 1e-9, 3))[row, 0, -1]
@@ -337,7 +349,7 @@ STEPS = {"steps": 1, "margin": 0.03, "bins": 5}
 
 
 @pytest.mark.parametrize(
-    "method, form", [("cmdp", "exhausted"), ("cmdp-overshoot", "overshoot"), ("cmdp-hinge", "hinge")]
+    ("method", "form"), [("cmdp", "exhausted"), ("cmdp-overshoot", "overshoot"), ("cmdp-hinge", "hinge")]
 )
 @pytest.mark.parametrize("samples", [0, 4000])
 def test_a_learner_climbs_the_gradient_of_its_objective(method, form, samples):
@@ -363,7 +375,8 @@ def test_every_method_trains_and_repeats_itself(method, samples):
         return learn(trees, start, full(0.3, 3), method, full(1.0, 3), full(0.1, 3), **settings)
 
     end = train()
-    assert end.isfinite().all() and (end - start).abs().max() > 0.1
+    assert end.isfinite().all()
+    assert (end - start).abs().max() > 0.1
     assert torch.equal(end, train())
 
 
@@ -413,4 +426,5 @@ def test_learners_find_what_theory_says_they_must():
     torch.testing.assert_close(soft["reward"] - soft["cost"], soft_values(trees, full(1.0, 6))[:, 0], rtol=0, atol=2e-3)
     best = budgeted_values(trees, quadratic(0.2, 61))[:, 0, -1]
     ours = train("cmdp-hinge-margin", 20.0)
-    assert ours["violation"].max() < 0.01 and float(ours["reward"].sum()) > 0.97 * best.sum()
+    assert ours["violation"].max() < 0.01
+    assert float(ours["reward"].sum()) > 0.97 * best.sum()

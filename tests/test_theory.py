@@ -1,14 +1,20 @@
 """The theory study end to end on tiny settings: it repeats itself, its summary is of its files, its figures draw."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from cmdp import theory, theory_figures
 from cmdp.tabular import budgeted_values, outcome
-from cmdp.tabular_learners import STRENGTH
+from cmdp.theory import OURS, STRENGTH, figures, tables
+from cmdp.theory.contest import against_optimum, trials
+from cmdp.theory.optimum import best_soft
+from cmdp.theory.study import run
+from cmdp.theory.trees import budget_grid, constant, held_out_trees, make_trees
 
 TINY = {
     "seed": 0,
@@ -38,7 +44,6 @@ TINY = {
         "margin": 0.03,
         "bins": 5,
         "allowed": 0.01,
-        "resamples": 50,
         "variants": {
             "exact gradient": {"samples": 0, "steps": 8, "start_noise": 1.0},
             "sampled": {"samples": 4, "steps": 8, "start_noise": 1.0},
@@ -55,70 +60,73 @@ def results(tmp_path_factory):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("theory")
-    theory.run(TINY, folder)
+    run(TINY, folder)
     yield folder
     torch.set_num_threads(threads)
 
 
 def test_the_same_parameters_give_the_same_bytes(results, tmp_path):
-    theory.run(TINY, tmp_path)
+    run(TINY, tmp_path)
     names = sorted(path.name for path in results.iterdir())
-    assert names == sorted(path.name for path in tmp_path.iterdir()) and len(names) > 10
+    assert names == sorted(path.name for path in tmp_path.iterdir())
+    assert len(names) > 10
     for name in names:
         if name != "timing.csv":  # seconds are no function of the seed
             assert (results / name).read_bytes() == (tmp_path / name).read_bytes(), name
 
 
 def test_another_seed_gives_other_trees(results):
-    trees = [theory.test_trees(TINY | {"seed": seed}).teacher for seed in (0, 1)]
+    trees = [held_out_trees(TINY | {"seed": seed}).teacher for seed in (0, 1)]
     assert not torch.allclose(*trees)
-    streams = [theory.make_trees(TINY, 2, stream).teacher for stream in (1, 2)]
+    streams = [make_trees(TINY, 2, stream).teacher for stream in (1, 2)]
     assert not torch.allclose(*streams)
 
 
-def test_every_file_carries_its_parameters(results):
-    for path in results.glob("*.csv"):
-        with path.open() as file:
-            assert json.loads(file.readline().removeprefix("# ")) == TINY
+def test_the_summary_carries_the_parameters(results):
     assert json.loads((results / "summary.json").read_text())["parameters"] == TINY
 
 
 def test_every_method_has_as_many_trials():
-    counts = {method: len(theory.trials(TINY, method)) for method in STRENGTH}
+    counts = {method: len(trials(TINY, method)) for method in STRENGTH}
     assert set(counts.values()) == {4}
 
 
 def test_the_choice_keeps_the_rule(results):
-    tuning = theory.read(results / "tuning.csv")
+    tuning = pd.read_csv(results / "tuning.csv")
     for _, part in tuning.groupby(["variant", "method", "budget"]):
         (chosen,) = part[part["chosen"]].itertuples()
         kept = part[part["violation"] <= 0.01]
         if len(kept):
-            assert chosen.violation <= 0.01 and chosen.reward == kept["reward"].max()
+            assert chosen.violation <= 0.01
+            assert chosen.reward == kept["reward"].max()
         else:
             assert chosen.violation == part["violation"].min()
-    judged = theory.read(results / "learners.csv")  # and the test trees are trained with the choice
+    judged = pd.read_csv(results / "learners.csv")  # and the test trees are trained with the choice
     pairs = ["variant", "method", "budget", "strength", "learning_rate"]
     assert len(judged[pairs].drop_duplicates().merge(tuning[tuning["chosen"]], on=pairs)) == 2 * len(STRENGTH) * 2
 
 
 def test_no_soft_optimum_that_never_violates_beats_the_budgeted_one(results):
-    optimum = theory.read(results / "optimum.csv")
+    optimum = pd.read_csv(results / "optimum.csv")
     assert (optimum["soft_never"] <= optimum["upper"] + 1e-9).all()
-    assert (optimum["teacher"] <= optimum["lower"] + 1e-9).all() and (optimum["lower"] <= optimum["upper"]).all()
+    assert (optimum["teacher"] <= optimum["lower"] + 1e-9).all()
+    assert (optimum["lower"] <= optimum["upper"]).all()
     assert (optimum["soft_never"] <= optimum["soft_rarely"]).all()
 
 
 def test_a_learner_that_keeps_the_budget_does_not_beat_the_optimum(results):
-    both = theory.read(results / "learners.csv").merge(theory.read(results / "optimum.csv"), on=["tree", "budget"])
+    both = pd.read_csv(results / "learners.csv").merge(pd.read_csv(results / "optimum.csv"), on=["tree", "budget"])
     kept = both[both["violation"] == 0]
-    assert len(kept) > 10 and (kept["reward"] <= kept["upper"] + 1e-9).all()
+    assert len(kept) > 10
+    assert (kept["reward"] <= kept["upper"] + 1e-9).all()
 
 
 def test_the_table_is_the_mean_of_the_files(results):
-    table = theory.learners_table(results, 20, 0)
+    judged, optimum = pd.read_csv(results / "learners.csv"), pd.read_csv(results / "optimum.csv")
+    table = against_optimum(optimum, judged, TINY["seed"])
+    written = pd.read_csv(results / "against_optimum.csv")
+    np.testing.assert_allclose(written["of_optimum"], table["of_optimum"], rtol=1e-5)
     row = table[(table["method"] == "cmdp") & (table["variant"] == "sampled") & (table["budget"] == 0.3)].iloc[0]
-    judged, optimum = theory.read(results / "learners.csv"), theory.read(results / "optimum.csv")
     part = judged[(judged["method"] == "cmdp") & (judged["variant"] == "sampled") & (judged["budget"] == 0.3)]
     best = optimum[optimum["budget"] == 0.3]["lower"].sum()
     assert row["of_optimum"] == pytest.approx(part["reward"].sum() / best)
@@ -127,14 +135,15 @@ def test_the_table_is_the_mean_of_the_files(results):
 
 
 def test_best_soft_is_best_among_the_admissible():
-    trees = theory.test_trees(TINY)
-    few, many = (theory.best_soft(trees, 0.3, np.geomspace(0.02, 20, count)) for count in (4, 40))
-    upper = budgeted_values(trees, theory.budget_grid(TINY, 0.3), "upper")[:, 0, -1]
-    assert (many["soft_never"] <= upper).all() and (many["soft_never_violation"] == 0).all()
+    trees = held_out_trees(TINY)
+    few, many = (best_soft(trees, 0.3, np.geomspace(0.02, 20, count)) for count in (4, 40))
+    upper = budgeted_values(trees, budget_grid(TINY, 0.3), "upper")[:, 0, -1]
+    assert (many["soft_never"] <= upper).all()
+    assert (many["soft_never_violation"] == 0).all()
     assert (many["soft_rarely_violation"] <= 0.05).all()
     assert many["soft_never"].sum() >= few["soft_never"].sum() - 0.05
-    teacher = outcome(trees, trees.teacher, theory.constant(0.3, 4))["reward"].numpy()
-    none = theory.best_soft(trees, 1e-9, np.array([0.02]))  # where no lambda is admissible the teacher still is
+    teacher = outcome(trees, trees.teacher, constant(0.3, 4))["reward"].numpy()
+    none = best_soft(trees, 1e-9, np.array([0.02]))  # where no lambda is admissible the teacher still is
     np.testing.assert_allclose(none["soft_never"], teacher)
 
 
@@ -147,14 +156,33 @@ def test_the_summary_tells_what_the_guarantees_say(results):
     assert found["jump"]["exhausted"]["greatest"] > found["jump"]["overshoot"]["greatest"] > 1e-3
     assert found["jump"]["hinge"]["greatest"] < 1e-9
     assert all(form["greatest_error"] < 1e-9 for form in found["jump"].values())
-    assert found["optimum"]["policy_minus_value"] < 1e-7 and found["optimum"]["greatest_violation"] == 0
+    assert found["optimum"]["policy_error"] < 1e-9
+    assert found["optimum"]["greatest_violation"] == 0
 
 
 def test_every_figure_is_drawn_and_the_same_twice(results, tmp_path):
-    drawn = theory_figures.draw_all(results, tmp_path / "a")
-    theory_figures.draw_all(results, tmp_path / "b")
-    assert len(drawn) == 7
+    for folder in ("a", "b"):
+        figures.draw_all(results, tmp_path / folder)
+    drawn = sorted((tmp_path / "a").iterdir())
+    assert len(drawn) == 2 * 7
     for path in drawn:
         assert path.stat().st_size > 5000
-        for name in (path.name, path.with_suffix(".svg").name):
-            assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_the_notebook_s_tables_are_of_the_files(results):
+    found = json.loads((results / "summary.json").read_text())["results"]
+    for table in (tables.bracket, tables.augmentation, tables.first_cost):
+        assert not table(results).isna().any(axis=None)
+    for table in (tables.gain_over_soft, tables.penalty_bound, tables.gradient_error, tables.jumps, tables.prices):
+        assert not table(found).isna().any(axis=None)
+    assert set(tables.gains(results).index) == {"cmdp", "worst-case", *OURS}
+    row = pd.read_csv(results / "against_optimum.csv").query("method == 'grpo' and variant == 'sampled'").iloc[0]
+    assert row["budget"] == "all"
+    expected = "{:.1f} [{:.1f}, {:.1f}]".format(*100 * row[["csr", "csr_low", "csr_high"]])
+    assert tables.learners(results)["CSR (%)"]["grpo"] == expected
+
+
+def test_names_tables_and_figures_need_no_torch():
+    code = "import sys; import cmdp.theory.figures, cmdp.theory.tables, cmdp.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

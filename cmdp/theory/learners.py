@@ -14,28 +14,7 @@ from cmdp.budget import cumulative_cost
 from cmdp.divergence import divergence_from_logits, sampled_divergence
 from cmdp.reward import ModifiedReward, group_advantages, modified_reward
 from cmdp.tabular import Trees, sequences
-
-# each method's strength, the one parameter of its own that is tuned; None: it has none
-STRENGTH = {
-    "grpo": None,
-    "gkd": None,
-    "minillm": None,
-    "gkd-grpo": "lambda",
-    "dual": "step",
-    "kdrl": "beta",
-    "saute-constant": "n",
-    "saute-augmented": "n",
-    "cmdp": "lambda",
-    "cmdp-margin": "lambda",
-    "cmdp-overshoot": "lambda",
-    "cmdp-overshoot-margin": "lambda",
-    "cmdp-hinge": "lambda",
-    "cmdp-hinge-margin": "lambda",
-    "worst-case": "lambda",
-}
-# ours: the overshoot form; the hinge, which keeps R so that J~ never jumps; and a margin, for any form: aim at less
-# than d, so that a learner that ends beside its aim is still within d
-OURS = ("cmdp-margin", "cmdp-overshoot", "cmdp-overshoot-margin", "cmdp-hinge", "cmdp-hinge-margin")
+from cmdp.theory import STRENGTH
 
 
 def signal(
@@ -54,9 +33,9 @@ def signal(
     def parts(task: Tensor, **settings) -> ModifiedReward:
         return modified_reward(task, cost, mask, budget, **settings)
 
-    def scaled(task: Tensor, form: str, which: str = "lam") -> tuple[Tensor, Tensor]:
+    def scaled(form: str, which: str = "lam") -> tuple[Tensor, Tensor]:
         """The form with each row's own strength: r~ is affine in lam and in n, so two evaluations give them all."""
-        off, on = (parts(task, form=form, **({"lam": 0.0} | {which: value})) for value in (0.0, 1.0))
+        off, on = (parts(reward, form=form, **({"lam": 0.0} | {which: value})) for value in (0.0, 1.0))
         return off.total + strength * (on.total - off.total), strength[:, None] * on.weight
 
     match method.removesuffix("-margin"):
@@ -73,16 +52,15 @@ def signal(
             left = mask.sum(1, keepdim=True) - mask.cumsum(1)  # how many tokens: its length normalisation
             return after / left.clamp(min=1), distil.weight
         case "gkd-grpo" | "dual":
-            return scaled(reward, "lagrangian")
+            return scaled("lagrangian")
         case "saute-constant" | "saute-augmented":
-            return scaled(reward, "exhausted", "penalty")
+            return scaled("exhausted", "penalty")
         case "cmdp":
-            return scaled(reward, "exhausted")
-        case "cmdp-overshoot" | "worst-case":  # worst-case: the cost is each step's excess, the budget 0
-            return scaled(reward, "overshoot")
+            return scaled("exhausted")
         case "cmdp-hinge":
-            charge, weight = scaled(nothing, "overshoot")
-            return reward + charge, weight
+            return scaled("hinge")
+        case "cmdp-overshoot" | "worst-case":  # worst-case: the cost is each step's excess, the budget 0
+            return scaled("overshoot")
     raise ValueError(f"A learner is one of {tuple(STRENGTH)}, not {method!r}.")
 
 
@@ -124,7 +102,8 @@ def learn(
 
     Args:
         start: the students' logits before distillation, (N, S, V).
-        budget: d; strength: see `STRENGTH`; learning_rate: Adam's, falling linearly to 0 for every method; each (N,).
+        budget: d; strength: of the kind that `cmdp.theory.STRENGTH` names; learning_rate: Adam's, falling linearly to
+            0 for every method; each (N,).
         samples: G sequences a row and step; 0 for the exact gradient.
         margin: methods named so aim at (1 - margin) d.
         bins: how many values of z `saute-augmented` tells apart.

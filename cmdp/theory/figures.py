@@ -1,9 +1,8 @@
-"""Figures of the theory study, each drawn from its result files alone (`cmdp.theory` writes them).
+"""Figures of the theory study, each drawn from its result files alone: SVG and PNG.
 
 Colours are seaborn's colour-blind palette; what colour says, a marker, a dash or a label says too.
 """
 
-import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -12,41 +11,28 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.ticker import PercentFormatter
 
+from cmdp.storage import whole
+from cmdp.theory import OURS
+
 COLOURS = sns.color_palette("colorblind")
 BLUE, ORANGE, GREEN, RED, GREY = COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[3], (0.45, 0.45, 0.45)
-OURS = ("cmdp-margin", "cmdp-overshoot", "cmdp-overshoot-margin", "cmdp-hinge", "cmdp-hinge-margin")
 
 
-def draw_all(results: Path, folder: Path) -> list[Path]:
-    """Every figure, as SVG and PNG; returns the PNGs."""
-    folder.mkdir(parents=True, exist_ok=True)
-    plt.rcParams["svg.hashsalt"] = "cmdp"  # the same figure gives the same bytes
-    drawn = []
-    for figure in (learners, frontier, average, penalty, jump, exact_penalty, example):
-        with sns.axes_style("ticks"), sns.plotting_context("paper", font_scale=1.1):
-            drawing = figure(results)
-        for kind in ("svg", "png"):
-            metadata = {"Date": None} if kind == "svg" else {"Software": None}
-            path = folder / f"theory_{figure.__name__}.{kind}"
-            drawing.savefig(path, dpi=160, bbox_inches="tight", metadata=metadata)
-        drawn.append(path)
-        plt.close(drawing)
-    return drawn
-
-
-def read(path: Path) -> pd.DataFrame:
-    """A result file: a comment with the parameters, then CSV."""
-    return pd.read_csv(path, skiprows=1)
-
-
-def table(results: Path) -> pd.DataFrame:
-    """The learners' table, from the summary."""
-    return pd.DataFrame(json.loads((results / "summary.json").read_text())["results"]["learners"])
+def draw_all(results: Path, folder: Path) -> None:
+    """Draw every figure into `folder`, which is replaced as a whole."""
+    plt.rcParams["svg.hashsalt"] = "cmdp"  # the same figure gives the same file
+    with whole(folder) as unfinished:
+        for draw in (learners, frontier, average, penalty, jump, exact_penalty, example):
+            with sns.axes_style("ticks"), sns.plotting_context("paper", font_scale=1.1):
+                figure = draw(results)
+            figure.savefig(unfinished / f"{draw.__name__}.svg", bbox_inches="tight", metadata={"Date": None})
+            figure.savefig(unfinished / f"{draw.__name__}.png", bbox_inches="tight", dpi=160)
+            plt.close(figure)
 
 
 def learners(results: Path) -> plt.Figure:
     """Each method: reward against the exact optimum, and how often it violates."""
-    rows = table(results)
+    rows = pd.read_csv(results / "against_optimum.csv")
     rows = rows[rows["budget"] == "all"]
     ideal = rows["method"].str.startswith("soft optimum")
     modes = ["closed form", *rows.loc[~ideal, "variant"].unique()]
@@ -73,7 +59,11 @@ def learners(results: Path) -> plt.Figure:
             )
     axes[0].axvline(1, color="black", lw=1)
     axes[0].text(1.02, 0.0, "exact optimum", rotation=90, va="bottom", fontsize=8)
-    axes[0].set(xlabel="reward / budgeted optimum")
+    edge = 1.36
+    axes[0].set(xlabel="reward / budgeted optimum", xlim=(0.3, edge))
+    for method, part in rows[rows["of_optimum"] > edge].groupby("method"):
+        reach = f"{part['of_optimum'].min():.0%} to {part['of_optimum'].max():.0%} →"
+        axes[0].text(edge, place[method], reach, ha="right", va="center", fontsize=8.5)
     axes[1].axvline(0.01, color="black", lw=1, ls=":")
     axes[1].set(xlabel="trajectories that violate the budget")
     axes[1].set_xscale("symlog", linthresh=0.01)
@@ -84,16 +74,18 @@ def learners(results: Path) -> plt.Figure:
     axes[0].set_yticks(range(len(order)), ["best soft λ, no violation" if "soft" in x else x for x in labels])
     for axis in axes:
         axis.grid(axis="y", lw=0.4)
-    axes[0].legend(loc="lower right", fontsize=8, frameon=True)
     sns.despine(figure)
     figure.tight_layout()
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="lower center", ncols=4, bbox_to_anchor=(0.6, 1), fontsize=8
+    )
     return figure
 
 
 def frontier(results: Path) -> plt.Figure:
     """V(s_0, d), the soft Lagrangian's frontiers, and every sampled learner."""
-    curve, rows = read(results / "frontier.csv"), table(results)
-    optimum = read(results / "optimum.csv").groupby("budget")["lower"].mean()
+    curve, rows = (pd.read_csv(results / f"{name}.csv") for name in ("frontier", "against_optimum"))
+    optimum = pd.read_csv(results / "optimum.csv").groupby("budget")["lower"].mean()
     figure, axis = plt.subplots(figsize=(7.2, 4.6))
     axis.plot(curve["budget"], curve["optimum"], color="black", lw=2)
     end = curve.iloc[-1]
@@ -126,9 +118,9 @@ def frontier(results: Path) -> plt.Figure:
                 axis.plot(budgets[chosen], reward[chosen], "x", color=GREY, ms=4)
         if method in highlighted:
             axis.plot([], [], marker, color=colour, mfc=colour, label=method)
-    axis.plot([], [], "x", color=GREY, ms=4, label="other methods")
+    axis.plot([], [], "x", color=GREY, ms=4, label="others; grpo far above")
     axis.plot([], [], "o", color="black", mfc="white", label="hollow: over 1 % violate")
-    top = max(0.8, float(curve["soft_on_average"].max()) + 0.05)
+    top = float(curve["soft_on_average"].max()) + 0.03  # above it only grpo, which keeps no budget
     axis.set(xlabel="budget d (nats a trajectory)", ylabel="E[R]", xlim=(0, None), ylim=(None, top))
     axis.legend(fontsize=8, loc="lower right", frameon=True)
     sns.despine(figure)
@@ -137,14 +129,16 @@ def frontier(results: Path) -> plt.Figure:
 
 def average(results: Path) -> plt.Figure:
     """Section 4 (d): who meets the budget on average, and what that says about trajectories."""
-    optimum = read(results / "optimum.csv")
+    optimum = pd.read_csv(results / "optimum.csv")
     figure, axis = plt.subplots(figsize=(6.0, 3.0))
     for (budget, part), dash, colour in zip(
         optimum.groupby("budget"), ("-", "--", "-."), (BLUE, ORANGE, GREEN), strict=False
     ):
         share = np.sort(part["soft_on_average_violation"].to_numpy())
-        axis.step(share, np.arange(1, len(share) + 1) / len(share), ls=dash, color=colour, label=f"d = {budget:g} nats")
-    axis.set(xlabel="trajectories over the budget, though E[C] ≤ d", ylabel="trees", xlim=(0, 1), ylim=(0, 1))
+        trees = np.arange(len(share) + 1) / len(share)
+        axis.step([0, *share, 1], [*trees, 1], where="post", ls=dash, color=colour, label=f"d = {budget:g} nats")
+    axis.set(xlabel="trajectories over the budget, though E[C] ≤ d", xlim=(0, 1), ylim=(0, 1.01))
+    axis.set_ylabel("trees with at most so many")
     axis.legend(fontsize=8, frameon=False, loc="lower right")
     axis.yaxis.set_major_formatter(PercentFormatter(1))
     axis.xaxis.set_major_formatter(PercentFormatter(1))
@@ -154,7 +148,7 @@ def average(results: Path) -> plt.Figure:
 
 def penalty(results: Path) -> plt.Figure:
     """Section 4 (a): the maximiser's violation against the penalty n, under its bound."""
-    rows = read(results / "penalty_bound.csv")
+    rows = pd.read_csv(results / "penalty_bound.csv")
     titles = {
         "any policy": "any policy, budget in total",
         "one parameter": "one-parameter student, budget in total",
@@ -163,7 +157,7 @@ def penalty(results: Path) -> plt.Figure:
     figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.0), sharey=True)
     for axis, (case, title) in zip(axes, titles.items(), strict=True):
         part = rows[rows["case"] == case].groupby("n")[["p", "bound"]].mean()
-        axis.plot(part.index, part["bound"], color="black", ls="--", lw=1.2, label="bound (1 − J_c) / (1 + n)")
+        axis.plot(part.index, part["bound"], color="black", ls="--", lw=1.2, label="bound $(1 - J_c) / (1 + n)$")
         axis.plot(part.index, part["p"], "o-", color=BLUE, ms=4, label="maximiser of J̃", clip_on=False)
         axis.set_xscale("symlog", linthresh=0.1)
         axis.set(title=title, xlabel="penalty n", xlim=(0, None))
@@ -180,7 +174,7 @@ def penalty(results: Path) -> plt.Figure:
 
 def jump(results: Path) -> plt.Figure:
     """J~ along a line of policies, and the integral of the gradient that formula (c) gives."""
-    line = read(results / "jump_line.csv")
+    line = pd.read_csv(results / "jump_line.csv")
     titles = {
         "exhausted": "section 3: R and λΦ jump",
         "overshoot": "overshoot: R jumps",
@@ -205,7 +199,7 @@ def jump(results: Path) -> plt.Figure:
 
 def exact_penalty(results: Path) -> plt.Figure:
     """How much the hinge's maximiser still gains by violating, and the price that says when it stops."""
-    gains, found = read(results / "exact_penalty_gain.csv"), read(results / "exact_penalty.csv")
+    gains, found = pd.read_csv(results / "exact_penalty_gain.csv"), pd.read_csv(results / "exact_penalty.csv")
     figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.4))
     for (budget, part), marker, colour in zip(gains.groupby("budget"), "os^", (BLUE, ORANGE, GREEN), strict=False):
         mean = part.groupby("lambda")["gain"].mean()
@@ -227,7 +221,7 @@ def exact_penalty(results: Path) -> plt.Figure:
 
 def example(results: Path) -> plt.Figure:
     """A small tree under two policies of equal mean cost; a branch is as wide as it is probable."""
-    rows = read(results / "example.csv")
+    rows = pd.read_csv(results / "example.csv")
     budget = rows["budget"].iloc[0]
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.2), sharey=True)
     vocab, depth = int(rows["token"].max()) + 1, int(rows["depth"].max()) + 1

@@ -1,0 +1,92 @@
+"""Tables of the theory study as its notebook shows them, each from the result files alone."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from cmdp.theory import OURS
+
+MEASURES = {"of_optimum": "reward / optimum", "csr": "CSR"}
+
+
+def bracket(results: Path) -> pd.DataFrame:
+    """Both ends of the bracket of V(s_0, d), mean over trees, by levels of the grid."""
+    table = pd.read_csv(results / "refinement.csv").groupby(["budget", "levels"])[["lower", "upper"]].mean()
+    return table.unstack("budget").swaplevel(axis=1).sort_index(axis=1).round(4)
+
+
+def augmentation(results: Path) -> pd.DataFrame:
+    """The optimum of students that see z and of those that do not, tree by tree."""
+    names = {"sees_z": "sees z (DP, lower)", "sees_z_upper": "sees z (DP, upper)", "does_not": "does not see z (NLP)"}
+    return pd.read_csv(results / "augmentation.csv").rename(columns=names).set_index("tree").round(4)
+
+
+def gain_over_soft(found: dict) -> pd.DataFrame:
+    """What the budgeted optimum earns beyond the best soft Lagrangian's that never violates, in points of reward."""
+    rows = ["10 % of trees gain less", "median", "90 % gain less"]
+    table = 100 * pd.DataFrame(found["optimum"]["gain_over_best_soft_never"], index=rows).T
+    return table.round(1).rename_axis(index="budget d", columns="points of reward")
+
+
+def penalty_bound(found: dict) -> pd.DataFrame:
+    """Section 4 (a): how much of the bound the maximisers use."""
+    table = pd.DataFrame(found["penalty_bound"]).T
+    return table.set_axis(["greatest p / bound", "greatest p at an n > 0"], axis=1).round(3)
+
+
+def gradient_error(found: dict) -> pd.DataFrame:
+    """Section 4 (c) away from crossings."""
+    error = pd.Series(found["gradient"]["greatest_relative_error"], name="greatest relative error")
+    return error.map("{:.0e}".format).to_frame()
+
+
+def jumps(found: dict) -> pd.DataFrame:
+    """Section 4 (c) at crossings."""
+    table = pd.DataFrame(found["jump"]).T.set_axis(["greatest jump", "error of the predicted jump"], axis=1)
+    return table.map("{:.1e}".format)
+
+
+def prices(found: dict) -> pd.DataFrame:
+    """From what lambda on the hinge's maximiser is feasible, and the prices that say so: quantiles over trees."""
+    names = {
+        "threshold": "least λ that is enough",
+        "greatest_price": "greatest price",
+        "root_price": "price at the root",
+    }
+    rows = ["10 %", "median", "90 %", "greatest"]
+    return pd.DataFrame({title: found["exact_penalty"][name] for name, title in names.items()}, index=rows).round(2)
+
+
+def sampled_learners(results: Path) -> pd.DataFrame:
+    """Over all budgets, learners that sample and the soft Lagrangian's optima: best reward first, a row a method."""
+    table = pd.read_csv(results / "against_optimum.csv")
+    table = table[(table["budget"] == "all") & table["variant"].isin(["sampled", "closed form"])]
+    return table.sort_values("of_optimum", ascending=False).set_index("method")
+
+
+def percent(table: pd.DataFrame, measure: str) -> pd.Series:
+    """A measure in per cent with its 95 % interval: `97.1 [96.5, 97.6]`."""
+    ends = (100 * table[[measure, f"{measure}_low", f"{measure}_high"]]).round(1) + 0.0  # no -0.0
+    return pd.Series([f"{mean:.1f} [{low:.1f}, {high:.1f}]" for mean, low, high in ends.to_numpy()], table.index)
+
+
+def learners(results: Path) -> pd.DataFrame:
+    """Reward relative to the optimum, and CSR."""
+    table = sampled_learners(results)
+    return pd.DataFrame({f"{name} (%)": percent(table, measure) for measure, name in MEASURES.items()})
+
+
+def gains(results: Path) -> pd.DataFrame:
+    """What the modified reward's forms, and worst-case, add to gkd-grpo, tree by tree."""
+    table = sampled_learners(results)
+    table = table[table.index.isin(["cmdp", "worst-case", *OURS])].rename_axis("gain over gkd-grpo, paired")
+    return pd.DataFrame({f"{name} (points)": percent(table, f"{measure}_gain") for measure, name in MEASURES.items()})
+
+
+def first_cost(results: Path) -> pd.DataFrame:
+    """What the first token spends relative to what it spends in the optimum, by budget; exact gradient."""
+    judged, optimum = (pd.read_csv(results / f"{name}.csv") for name in ("learners", "optimum"))
+    spent = judged[judged["variant"] == "exact gradient"].groupby(["method", "budget"])["first"].mean().unstack()
+    methods = ["cmdp", "cmdp-margin", "cmdp-overshoot-margin", "cmdp-hinge-margin", "worst-case"]
+    relative = spent.loc[methods] / optimum.groupby("budget")["first"].mean()
+    return relative.rename_axis(columns="first token's cost over the optimum's, at d =").round(2)
