@@ -1,10 +1,13 @@
 """The README's generated tables: written between markers, from results files."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
 
 from cmdp.storage import write_text
+from cmdp.theory import OURS
+from cmdp.theory.tables import percent, sampled_learners
 
 COLUMNS = {
     "accuracy": "right answers (%)",
@@ -33,6 +36,27 @@ def _cell(row: pd.Series, scale: int) -> str:
     return f"{mean} [{low}, {high}]"
 
 
+def theory_table(results: Path) -> str:
+    """Learners on token trees against the exact optimum: a row a method, with 95 % intervals."""
+    table = sampled_learners(results)
+    table = table.rename(index={"soft optimum, never": "*soft Lagrangian, best λ per tree, exact*"})
+    ours = {method: f"{method} (ours)" for method in OURS}
+    table = table[~table.index.str.startswith("soft optimum")].rename(index=ours)
+    lines = ["| learner | reward, % of the optimum's | within budget (%) |", "|---|---|---|"]
+    for method, reward, csr in zip(table.index, percent(table, "of_optimum"), percent(table, "csr"), strict=True):
+        lines.append(f"| {method} | {reward} | {csr} |")
+    shares = json.loads((results / "summary.json").read_text(encoding="utf-8"))["results"]["mean_is_not_enough"]
+    least, median, most = (f"{100 * shares[name]:.0f}" for name in ("min", "median", "max"))
+    lines.append("")
+    trees = table["trees"].iloc[0]
+    lines.append(f"{trees} held-out trees, all budgets; in brackets 95 % bootstrap intervals over trees. The best soft")
+    lines.append(
+        f"Lagrangian that meets the budget on average leaves {least} to {most} % of a tree's trajectories over it"
+    )
+    lines.append(f"(median {median} %).")
+    return "\n".join(lines)
+
+
 def fill(text: str, name: str, content: str) -> str:
     """`text` with what stands between the markers of `name` replaced. Raises `ValueError` where a marker is missing."""
     begin, end = f"<!-- {name}: generated -->\n", f"<!-- {name}: end -->"
@@ -46,4 +70,5 @@ def write_readme(path: Path, results: Path) -> None:
     """Write every generated table into the README."""
     text = path.read_text(encoding="utf-8")
     text = fill(text, "results", results_table(pd.read_csv(results / "summary.csv")))
+    text = fill(text, "theory", theory_table(results / "theory"))
     write_text(text, path)

@@ -12,6 +12,7 @@ from packaging.utils import canonicalize_name
 
 from cmdp import cli, report, tuning
 from cmdp.methods import METHODS, method_of
+from cmdp.theory.tables import sampled_learners
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,10 +49,27 @@ def test_the_experiment_does_not_use_the_seed_of_tuning():
     assert yaml.safe_load((ROOT / "tuning" / "params.yaml").read_text())["seed"] not in params["seeds"]
 
 
-def test_readme_tables_are_those_of_the_results_files():
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("results", lambda results: report.results_table(pd.read_csv(results / "summary.csv"))),
+        ("theory", lambda results: report.theory_table(results / "theory")),
+    ],
+    ids=["results", "theory"],
+)
+def test_readme_tables_are_those_of_the_results_files(name, table):
     text = (ROOT / "README.md").read_text()
-    table = report.results_table(pd.read_csv(ROOT / "results" / "summary.csv"))
-    assert report.fill(text, "results", table) == text, "run `cmdp table`"
+    assert report.fill(text, name, table(ROOT / "results")) == text, "run `cmdp table`"
+
+
+def test_what_readme_says_of_the_learners_on_trees_is_so():
+    """The prose beside the table, which no command writes."""
+    table = sampled_learners(ROOT / "results" / "theory")
+    section_3, ours = table.loc["cmdp"], table.loc["cmdp-hinge-margin"]
+    assert section_3["of_optimum_gain_low"] < 0  # does not beat the soft Lagrangian
+    assert ours["of_optimum_gain_low"] > 0
+    assert ours["of_optimum"] > 0.98
+    assert ours["csr"] > 0.99
 
 
 def test_a_missing_marker_is_an_error():
