@@ -25,9 +25,13 @@ def test_a_folder_appears_whole_and_replaces_the_old_one():
 def test_a_block_that_fails_leaves_the_old_folder():
     with storage.whole(Path("out")) as folder:
         (folder / "old").touch()
-    with pytest.raises(RuntimeError), storage.whole(Path("out")) as folder:
+
+    def fail(folder: Path) -> None:
         (folder / "half").touch()
         raise RuntimeError
+
+    with pytest.raises(RuntimeError), storage.whole(Path("out")) as folder:
+        fail(folder)
     assert [path.name for path in Path("out").iterdir()] == ["old"]
 
 
