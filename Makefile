@@ -3,6 +3,7 @@
 #   make repro   rebuild the default experiment: models, results, figures, notebooks
 #   make smoke   the same pipeline, tiny, in a copy under .smoke/ that leaves your results alone
 #   make tune    choose every method's settings anew, on validation prompts, with equal effort
+#   make benchmark   time a training step next to TRL's own trainers
 #   make test    the tests
 #   make lint    ruff
 
@@ -13,7 +14,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup repro tune smoke test lint lab
+.PHONY: setup repro tune benchmark smoke test lint lab
 
 setup: $(BIN)/.ready
 
@@ -31,6 +32,9 @@ repro: setup
 tune: setup
 	./parallel.sh $(JOBS) data supervised
 	cd tuning && ../parallel.sh $(JOBS) trial && dvc repro
+
+benchmark: setup
+	cmdp benchmark
 
 smoke: setup
 	rm -rf .smoke && mkdir .smoke

@@ -235,6 +235,14 @@ def table(params: dict, _: argparse.Namespace) -> None:
     write_readme(Path("README.md"), RESULTS)
 
 
+def benchmark(params: dict, _: argparse.Namespace) -> None:
+    """Time a training step next to TRL's own trainers."""
+    from cmdp.benchmark import benchmark as measure
+
+    for name, sizes in params["benchmark"].items():
+        print(measure(sizes, RESULTS / "benchmark" / f"{name}.csv").to_string())
+
+
 def notebook(params: dict, arguments: argparse.Namespace) -> None:
     """Execute a notebook into results/notebooks, with papermill."""
     import papermill
@@ -286,8 +294,8 @@ def main() -> None:
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="the parameters (params.yaml)")
     parser.add_argument("--overlay", type=Path, help="a profile, laid over the parameters")
     commands = parser.add_subparsers(required=True, metavar="command")
-    stages = (data, supervised, train, evaluate, collect, figures, theory, trial, choose, table, notebook, overlay)
-    for stage in stages:
+    of_the_pipeline = (data, supervised, train, evaluate, collect, theory, figures, notebook)
+    for stage in (*of_the_pipeline, trial, choose, table, benchmark, overlay):
         command = commands.add_parser(stage.__name__, help=stage.__doc__)
         command.set_defaults(stage=stage)
         if stage is supervised:

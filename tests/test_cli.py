@@ -1,0 +1,92 @@
+"""The commands: what they write, and the one line that they say when something is wrong."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cmdp import cli
+from cmdp.tasks import arithmetic
+
+ROOT = Path(__file__).parents[1]
+PARAMS = {
+    "threads": 1,
+    "task": {"name": "arithmetic", "seed": 0, "steps": [2, 3], "sizes": {"test": 4, "train": 8, "supervised": 8}},
+    "budget": {"budget": 1.5, "budget_form": "total"},
+    "train": {"max_steps": 1, "per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 8},
+    "runs": {"sft": {}, "cmdp": {"lam": 1.0}},
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "set_up", lambda params: None)
+    monkeypatch.setenv("CMDP_TRACEBACK", "")
+
+
+def run(monkeypatch, *arguments: str, **changes) -> None:
+    Path("params.yaml").write_text(yaml.safe_dump(PARAMS | changes))
+    monkeypatch.setattr(sys, "argv", ["cmdp", *arguments])
+    cli.main()
+
+
+def pair(folder: str, words: list[str]) -> None:
+    from cmdp.models import build_model, build_tokenizer
+
+    tokenizer = build_tokenizer(words)
+    build_model(tokenizer, layers=1, hidden=16, heads=2, seed=0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def test_data_writes_disjoint_splits_of_the_sizes_asked_for(monkeypatch):
+    run(monkeypatch, "data")
+    prompts = {
+        path.stem: [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
+        for path in Path("data").iterdir()
+    }
+    assert {name: len(rows) for name, rows in prompts.items()} == PARAMS["task"]["sizes"]
+    assert len({prompt for rows in prompts.values() for prompt in rows}) == 20
+
+
+def test_training_saves_safetensors_and_no_pickle_and_drops_its_checkpoints(monkeypatch):
+    run(monkeypatch, "data")
+    pair("models/student", arithmetic.vocabulary())
+    pair("models/teacher", arithmetic.vocabulary())
+    run(monkeypatch, "train", "cmdp", "0")
+    files = {path.name for path in Path("models/runs/cmdp-0").iterdir()}
+    assert "model.safetensors" in files
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]
+    assert not Path("checkpoints/cmdp-0").exists()
+    assert len(Path("results/training/cmdp-0.csv").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("supervised", "teacher"), "There are no problems at data/supervised.jsonl"),
+        (("train", "cmdp", "0"), "There is no model at models/student"),
+        (("train", "ppo", "0"), "A run is named for one of"),
+        (("choose",), "There are no trials in results/tuning"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(monkeypatch, arguments, message):
+    changes = {"teacher": {"layers": 1, "hidden": 16, "heads": 2, "max_steps": 1, "learning_rate": 0.1}}
+    with pytest.raises(SystemExit, match=message) as raised:
+        run(monkeypatch, *arguments, supervised={"seed": 0}, **changes)
+    assert "\n" not in str(raised.value)
+
+
+def test_another_vocabulary_and_a_wrong_budget_are_refused_before_anything_is_written(monkeypatch):
+    run(monkeypatch, "data")
+    pair("models/student", ["a", "b"])
+    pair("models/teacher", ["a", "c"])
+    with pytest.raises(SystemExit, match="different vocabularies"):
+        run(monkeypatch, "train", "cmdp", "0")
+    pair("models/teacher", ["a", "b"])
+    with pytest.raises(SystemExit, match="The budget must be 0 nats or more"):
+        run(monkeypatch, "train", "cmdp", "0", budget={"budget": -1.0, "budget_form": "total"})
+    assert not Path("models/runs").exists()
+    assert not Path("results").exists()
