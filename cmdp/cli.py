@@ -6,10 +6,13 @@ again after an interruption, go on from the last.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -63,7 +66,8 @@ def supervised(params: dict, arguments: argparse.Namespace) -> None:
     model = build_model(tokenizer, **shape, seed=settings["seed"])
     problems = read_problems(DATA / "supervised.jsonl")
     checkpoints, resume = checkpoint_folder(role, shape | settings, [DATA / "supervised.jsonl"])
-    log = train_supervised(model, tokenizer, problems, checkpoints, resume, settings)
+    with steps_to(checkpoints / "steps.txt"):
+        log = train_supervised(model, tokenizer, problems, checkpoints, resume, settings)
     with whole(MODELS / role) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -87,9 +91,10 @@ def train(params: dict, arguments: argparse.Namespace) -> None:
         checkpoints, resume = checkpoint_folder(name, {"method": method, **settings}, inputs)
         task = load_task(params["task"]["name"])
         problems = read_problems(DATA / "train.jsonl")
-        log = methods.train(
-            method, student, teacher, tokenizer, problems, task.is_correct, checkpoints, resume, settings
-        )
+        with steps_to(checkpoints / "steps.txt"):
+            log = methods.train(
+                method, student, teacher, tokenizer, problems, task.is_correct, checkpoints, resume, settings
+            )
     log = pd.DataFrame([entry for entry in log if "csr" in entry])
     times = [column for column in log if column.startswith("time/")]
     write_table(log.reindex(columns=LOGGED), RESULTS / "training" / f"{name}.csv")
@@ -186,17 +191,18 @@ def trial(params: dict, arguments: argparse.Namespace) -> None:
     task = load_task(params["task"]["name"])
     inputs = [DATA / "train.jsonl", *MODELS.glob("student/*"), *MODELS.glob("teacher/*")]
     checkpoints, resume = checkpoint_folder(f"tuning/{name}", settings, inputs)
-    methods.train(
-        methods.method_of(run),
-        student,
-        teacher,
-        tokenizer,
-        read_problems(DATA / "train.jsonl"),
-        task.is_correct,
-        checkpoints,
-        resume,
-        settings,
-    )
+    with steps_to(checkpoints / "steps.txt"):
+        methods.train(
+            methods.method_of(run),
+            student,
+            teacher,
+            tokenizer,
+            read_problems(DATA / "train.jsonl"),
+            task.is_correct,
+            checkpoints,
+            resume,
+            settings,
+        )
     completions, _ = measure(
         student,
         teacher,
@@ -255,6 +261,14 @@ def notebook(params: dict, arguments: argparse.Namespace) -> None:
         str(source), str(unfinished), parameters=params["notebooks"].get(arguments.name, {}), progress_bar=False
     )
     unfinished.replace(target)
+
+
+@contextlib.contextmanager
+def steps_to(path: Path) -> Iterator[None]:
+    """Send what a trainer prints, a line a step, to a file beside its checkpoints: `tail -f` follows it."""
+    print(f"Training: its steps are printed to {path}", flush=True)
+    with open(path, "a", encoding="utf-8") as lines, contextlib.redirect_stdout(lines):
+        yield
 
 
 def gather(folder: Path, params: dict) -> pd.DataFrame:
@@ -323,7 +337,9 @@ def set_up(params: dict) -> None:
     threads = str(params["threads"])
     os.environ.update(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, TOKENIZERS_PARALLELISM="false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' own, to one another
 
 
 if __name__ == "__main__":
