@@ -4,7 +4,9 @@
 set -eu
 jobs=$1
 shift
+all=$(dvc stage list --name-only)
 for group in "$@"; do
     # one item without what it depends on: checking that would lock it for writing, and the others read it
-    dvc stage list --name-only | grep -xE "(${group// /|})(@.*)?" | xargs -P "$jobs" -n 1 dvc --wait-for-lock repro --single-item
+    for stage in $group; do grep -xE "$stage(@.*)?" <<<"$all"; done |
+        xargs -P "$jobs" -n 1 dvc --wait-for-lock repro --single-item
 done

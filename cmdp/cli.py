@@ -329,7 +329,8 @@ def main() -> None:
     except (FileNotFoundError, ValueError, KeyError) as error:
         if os.environ.get("CMDP_TRACEBACK"):
             raise
-        sys.exit(f"cmdp {arguments.stage.__name__}: {error}  (CMDP_TRACEBACK=1 shows where)")
+        message = f"the parameters have no {error}" if isinstance(error, KeyError) else error
+        sys.exit(f"cmdp {arguments.stage.__name__}: {message} (CMDP_TRACEBACK=1 shows where)")
 
 
 def set_up(params: dict) -> None:
