@@ -236,9 +236,10 @@ def choose(params: dict, _: argparse.Namespace) -> None:
 
 def table(params: dict, _: argparse.Namespace) -> None:
     """Write the generated tables between their markers in README.md."""
-    from cmdp.report import write_readme
+    from cmdp.report import readme
 
-    write_readme(Path("README.md"), RESULTS)
+    path = Path("README.md")
+    write_text(readme(path.read_text(encoding="utf-8"), RESULTS, params["budget"]), path)
 
 
 def benchmark(params: dict, _: argparse.Namespace) -> None:

@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from cmdp.storage import write_text
+from cmdp.statistics import bootstrap, cells, with_budget
 from cmdp.theory import OURS
 from cmdp.theory.tables import percent, sampled_learners
+from cmdp.tuning import CRITERION
 
 COLUMNS = {
     "accuracy": "right answers (%)",
@@ -24,10 +26,36 @@ def results_table(summary: pd.DataFrame) -> str:
     seeds = summary["seeds"].max()
     lines = ["| run | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for run in summary["run"].unique():
-        cells = [_cell(table.loc[(run, measure)], 1 if measure == "cost" else 100) for measure in COLUMNS]
-        lines.append(f"| {run} | " + " | ".join(cells) + " |")
+        row = [_cell(table.loc[(run, measure)], 1 if measure == "cost" else 100) for measure in COLUMNS]
+        lines.append(f"| {run} | " + " | ".join(row) + " |")
     lines.append("")
     lines.append(f"Held-out prompts, sampled at temperature 1; {seeds} seeds; in brackets 95 % bootstrap intervals.")
+    return "\n".join(lines)
+
+
+def paired_table(completions: pd.DataFrame, trials: pd.DataFrame, budget: dict) -> str:
+    """The constrained methods minus the soft Lagrangian that did best on validation prompts, as a Markdown table.
+
+    Args:
+        completions: of all runs and seeds.
+        trials: of tuning, which names the soft Lagrangian.
+        budget: `budget` and `budget_form`.
+    """
+    soft = trials[trials["run"].str.startswith("gkd-grpo")]
+    rival = soft.loc[soft[CRITERION].idxmax(), "run"]
+    sampled = with_budget(completions[completions["decoding"] == "sampled"], **budget)
+    measures = {"correct": "accuracy", "satisfied": "csr", "correct_within": "accuracy_within"}
+    if rival not in set(sampled["run"]):
+        return f"`{rival}`, the soft Lagrangian to compare with, was not run."
+    lines = [f"| minus {rival}, paired | " + " | ".join(COLUMNS[name] for name in measures.values()) + " |"]
+    lines.append("|---" * (len(measures) + 1) + "|")
+    for run in [run for run in sampled["run"].unique() if run.startswith("cmdp")]:
+        row = []
+        for column in measures:
+            ours, theirs = (cells(sampled[sampled["run"] == name], column) for name in (run, rival))
+            low, high = np.quantile(bootstrap(ours) - bootstrap(theirs), [0.025, 0.975])
+            row.append(f"{100 * (ours - theirs).mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]")
+        lines.append(f"| {run} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 
@@ -66,9 +94,9 @@ def fill(text: str, name: str, content: str) -> str:
     return f"{before}{begin}{content}\n{end}{rest.partition(end)[2]}"
 
 
-def write_readme(path: Path, results: Path) -> None:
-    """Write every generated table into the README."""
-    text = path.read_text(encoding="utf-8")
+def readme(text: str, results: Path, budget: dict) -> str:
+    """The README with every generated table filled in from `results`."""
+    completions = pd.concat([pd.read_csv(path) for path in sorted((results / "runs").glob("*.csv"))])
     text = fill(text, "results", results_table(pd.read_csv(results / "summary.csv")))
-    text = fill(text, "theory", theory_table(results / "theory"))
-    write_text(text, path)
+    text = fill(text, "paired", paired_table(completions, pd.read_csv(results / "tuning.csv"), budget))
+    return fill(text, "theory", theory_table(results / "theory"))
