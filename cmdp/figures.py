@@ -20,7 +20,7 @@ FAMILIES = {
     "gkd-grpo": (PALETTE[0], "o"),
     "cmdp": (PALETTE[3], "D"),
     "cmdp-overshoot": (PALETTE[4], "^"),
-    "cmdp-hinge": (PALETTE[8], "*"),
+    "cmdp-hinge": (PALETTE[5], "p"),
 }
 MARKERS = {"weak": "v", "medium": "o", "strong": "^"}
 
