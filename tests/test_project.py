@@ -3,6 +3,7 @@
 import tomllib
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -51,6 +52,16 @@ def test_readme_tables_are_those_of_the_results_files():
     text = (ROOT / "README.md").read_text()
     budget = yaml.safe_load((ROOT / "params.yaml").read_text())["budget"]
     assert report.readme(text, ROOT / "results", budget) == text, "run `cmdp table`"
+
+
+def test_what_readme_says_of_the_default_experiment_is_so():
+    """The prose below the tables, which no command writes."""
+    summary = pd.read_csv(ROOT / "results" / "summary.csv").pivot(index="run", columns="measure", values="mean")
+    for measure in ("accuracy", "csr", "accuracy_within", "validity"):
+        assert summary[measure].idxmax() == "gkd"
+    assert summary["cost"].idxmin() == "gkd"
+    soft = summary.loc[summary.index.str.startswith("gkd-grpo"), "accuracy_within"].max()
+    assert (summary.loc[summary.index.str.startswith("cmdp"), "accuracy_within"] < soft).all()
 
 
 def test_what_readme_says_of_the_learners_on_trees_is_so():
