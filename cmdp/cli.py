@@ -285,7 +285,7 @@ def gather(folder: Path, params: dict) -> pd.DataFrame:
     return pd.concat([table for table in tables if len(table)], ignore_index=True)
 
 
-def read_params(path: Path, overlay: Path | None) -> dict:
+def read_params(path: Path, overlay: Path | None = None) -> dict:
     """The parameters of `path`; where `overlay` is given, what it sets takes their place, key by key."""
 
     def merge(base: dict, top: dict) -> dict:

@@ -2,14 +2,11 @@
 
 from pathlib import Path
 
-import matplotlib
 import pandas as pd
 import seaborn as sns
+from matplotlib import pyplot as plt
 
 from cmdp.storage import whole
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 # Families share a hue of seaborn's colour-blind palette; within one, runs differ by marker.
 PALETTE = sns.color_palette("colorblind")
