@@ -1,22 +1,25 @@
 """Divergence of the student from the teacher at each token, in nats (method, section 1).
 
 Three ways to the same quantity: from logits (small vocabularies, theory, tests); from hidden states and LM heads, in
-tiles over tokens and vocabulary, so that neither model's (tokens x vocabulary) logits ever exist; and estimated from
-the log-probabilities of the sampled tokens, for a teacher that scores nothing else.
+tiles, so that neither model's (tokens x vocabulary) logits ever exist; and estimated from the log-probabilities of the
+sampled tokens, for a teacher that scores nothing else.
+
+The tiles are TRL's on an accelerator, where its Triton kernels are at home, and our own on a CPU: small enough for the
+cache, and with one projection through the student's head for its log-probabilities, entropy and divergence together.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 EXACT = ("reverse_kl", "forward_kl", "jsd")
 SAMPLED = ("k1", "k2", "k3")
 
-# On a CPU, where all of a model's logits are fewer than this, they are one small tile and are computed as such: a tenth
-# of the time of the kernel, whose tiles are laid out for vocabularies of 32,768 columns.
-ONE_TILE = 2**22
+TILE = 2**21  # logits in a tile on a CPU: 8 MiB of float32
 
 
 class Head(NamedTuple):
@@ -67,14 +70,7 @@ def divergence_from_logits(
         jsd_beta: beta, strictly between 0 and 1.
     """
     _check_exact(kind, jsd_beta)
-    p, q = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
-    if kind == "reverse_kl":
-        return _kl(p, q)
-    if kind == "forward_kl":
-        return _kl(q, p)
-    floor = torch.finfo(p.dtype).min  # where both are -inf, the gradient of logaddexp is NaN
-    m = torch.logaddexp(p.clamp(min=floor) + math.log(1 - jsd_beta), q.clamp(min=floor) + math.log(jsd_beta))
-    return jsd_beta * _kl(q, m) + (1 - jsd_beta) * _kl(p, m)
+    return _divergence(student_logits.log_softmax(-1), teacher_logits.log_softmax(-1), kind, jsd_beta)
 
 
 def divergence_from_hidden(
@@ -88,8 +84,6 @@ def divergence_from_hidden(
     temperature: float = 1.0,
 ) -> Tensor:
     """D(student || teacher) at each token where `mask` is 1, and 0 elsewhere; differentiable in the student alone.
-
-    The tiles and their gradient are TRL's `ChunkedDivergenceFunction`, except where one small tile holds everything.
 
     Args:
         student_hidden: (B, T, H_s), the last hidden states that predict each token.
@@ -113,11 +107,9 @@ def divergence_from_hidden(
         )
     on = mask != 0
     student_hidden, teacher_hidden = student_hidden[on], teacher_hidden[on]  # (N, H_s), (N, H_t)
-    if student_hidden.device.type == "cpu" and len(student_hidden) * len(student_head.weight) <= ONE_TILE:
-        with torch.no_grad():
-            teacher_logits = teacher_head.logits(teacher_hidden) / temperature
-        student_logits = student_head.logits(student_hidden) / temperature
-        values = divergence_from_logits(student_logits, teacher_logits, kind, jsd_beta)
+    if own_tiles(student_hidden):
+        settings = kind, jsd_beta, temperature
+        values, _, _ = _in_tiles(student_hidden, student_head, None, teacher_hidden, teacher_head, *settings)
     else:
         values, _ = ChunkedDivergenceFunction.apply(
             student_hidden,
@@ -137,6 +129,120 @@ def divergence_from_hidden(
     return values.new_zeros(on.shape).masked_scatter(on, values)
 
 
+def own_tiles(hidden: Tensor) -> bool:
+    """Whether the tiles are ours, and `score_on_cpu` is the way: on a CPU."""
+    return hidden.device.type == "cpu"
+
+
+class TokenScores(NamedTuple):
+    """What `score_on_cpu` gives, (B, T) each in float32, differentiable in the student."""
+
+    divergence: Tensor  # nats
+    log_probs: Tensor  # of the tokens, under the student
+    entropy: Tensor  # of the student, nats
+
+
+def score_on_cpu(
+    student_hidden: Tensor,
+    student_head: Head,
+    tokens: Tensor,
+    mask: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Head,
+    where: Tensor,
+    kind: str = "reverse_kl",
+    jsd_beta: float = 0.5,
+    temperature: float = 1.0,
+) -> TokenScores:
+    """The student's log-probabilities and entropy at each token where `mask` is 1, and its divergence from the teacher
+    where `where` is; 0 elsewhere. One projection through the student's head serves all three.
+
+    Args:
+        student_hidden: (B, T, H_s), the last hidden states that predict each token.
+        student_head: with all of its rows: the softmax that the tokens were drawn from.
+        tokens: (B, T), ids.
+        teacher_hidden: (B, T, H_t).
+        teacher_head: with the rows that the divergence runs over, the student's first so many.
+        where: (B, T), 1 at a subset of `mask`.
+        temperature: divides both models' logits.
+    """
+    _check_exact(kind, jsd_beta)
+    shape, parts = mask.shape, []
+    for on, teacher in ((where != 0, True), ((mask != 0) & (where == 0), False)):
+        values = _in_tiles(
+            student_hidden[on],
+            student_head,
+            tokens[on],
+            teacher_hidden[on] if teacher else None,
+            teacher_head,
+            kind,
+            jsd_beta,
+            temperature,
+        )
+        parts.append([value.new_zeros(shape).masked_scatter(on, value) for value in values])
+    return TokenScores(*(charged + free for charged, free in zip(*parts, strict=True)))
+
+
+def _in_tiles(student_hidden, student_head, tokens, teacher_hidden, teacher_head, kind, jsd_beta, temperature) -> list:
+    """Divergence, log-probabilities and entropy of N tokens, a tile of them at a time: three of (N,)."""
+
+    def tile(student_hidden, teacher_hidden, tokens):
+        teacher_logits = None
+        if teacher_hidden is not None:
+            with torch.no_grad():
+                teacher_logits = teacher_head.logits(teacher_hidden) / temperature
+        student_logits = student_head.logits(student_hidden) / temperature
+        return _LogitScores.apply(student_logits, teacher_logits, tokens, kind, jsd_beta)
+
+    rows = max(1, TILE // len(student_head.weight))
+    columns = [[x] if x is None else x.split(rows) for x in (student_hidden, teacher_hidden, tokens)]
+    tiles = len(columns[0])
+    columns = [column if len(column) == tiles else [None] * tiles for column in columns]
+    if tiles > 1 and torch.is_grad_enabled():  # many tiles are computed again in the backward, in place of kept
+        tile = functools.partial(checkpoint, tile, use_reentrant=False, preserve_rng_state=False)
+    return [torch.cat(column) for column in zip(*map(tile, *columns), strict=True)]
+
+
+class _LogitScores(torch.autograd.Function):
+    """Divergence, log-probability of `tokens` and entropy from logits, with the gradient in the student's written out:
+    it takes half the time of autograd's. (N, V), (N, K <= V) -> three of (N,)."""
+
+    @staticmethod
+    def forward(ctx, student_logits, teacher_logits, tokens, kind, jsd_beta):
+        policy = student_logits.log_softmax(-1)
+        entropy = -(policy.exp() * policy).sum(-1)
+        log_probs = torch.zeros_like(entropy) if tokens is None else policy.gather(-1, tokens[:, None])[:, 0]
+        divergence, p, q = torch.zeros_like(entropy), None, None
+        if teacher_logits is not None:
+            columns = teacher_logits.shape[-1]
+            q = teacher_logits.log_softmax(-1)
+            p = policy if columns == policy.shape[-1] else student_logits[:, :columns].log_softmax(-1)
+            divergence = _divergence(p, q, kind, jsd_beta)
+        ctx.save_for_backward(policy, entropy, tokens, p, q)
+        ctx.kind, ctx.jsd_beta = kind, jsd_beta
+        ctx.set_materialize_grads(False)
+        return divergence, log_probs, entropy
+
+    @staticmethod
+    def backward(ctx, by_divergence, by_log_prob, by_entropy):
+        policy, entropy, tokens, p, q = ctx.saved_tensors
+        gradient = torch.zeros_like(policy)
+        if by_log_prob is not None and tokens is not None:
+            gradient -= policy.exp() * by_log_prob[:, None]
+            gradient.scatter_add_(-1, tokens[:, None], by_log_prob[:, None])
+        if by_entropy is not None:
+            gradient -= policy.exp() * (policy + entropy[:, None]) * by_entropy[:, None]
+        if by_divergence is not None and q is not None:
+            if ctx.kind == "forward_kl":
+                of_divergence = p.exp() - q.exp()
+            else:
+                other = q if ctx.kind == "reverse_kl" else _mixture(p, q, ctx.jsd_beta)
+                of_divergence = p.exp() * (p - other - _kl(p, other)[:, None])
+                of_divergence *= 1.0 if ctx.kind == "reverse_kl" else 1 - ctx.jsd_beta
+            gradient[:, : q.shape[-1]] += of_divergence * by_divergence[:, None]
+        return gradient, None, None, None, None
+
+
 def sampled_divergence(student_logps: Tensor, teacher_logps: Tensor, kind: str = "k3") -> Tensor:
     """Estimate of KL(student || teacher) from the sampled tokens' log-probabilities, elementwise.
 
@@ -151,6 +257,22 @@ def sampled_divergence(student_logps: Tensor, teacher_logps: Tensor, kind: str =
     if kind == "k2":
         return log_u.square() / 2
     return log_u.expm1() - log_u
+
+
+def _divergence(p: Tensor, q: Tensor, kind: str, jsd_beta: float) -> Tensor:
+    """D of log-probabilities of student and teacher: (..., V), (..., V) -> (...)."""
+    if kind == "reverse_kl":
+        return _kl(p, q)
+    if kind == "forward_kl":
+        return _kl(q, p)
+    m = _mixture(p, q, jsd_beta)
+    return jsd_beta * _kl(q, m) + (1 - jsd_beta) * _kl(p, m)
+
+
+def _mixture(p: Tensor, q: Tensor, jsd_beta: float) -> Tensor:
+    """log((1 - beta) student + beta teacher) of log-probabilities, (..., V)."""
+    floor = torch.finfo(p.dtype).min  # where both are -inf, the gradient of logaddexp is NaN
+    return torch.logaddexp(p.clamp(min=floor) + math.log(1 - jsd_beta), q.clamp(min=floor) + math.log(jsd_beta))
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:

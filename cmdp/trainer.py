@@ -25,6 +25,7 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from cmdp import budget as budgets
+from cmdp import divergence as divergences
 from cmdp.divergence import EXACT, SAMPLED, divergence_from_hidden, lm_head, sampled_divergence
 from cmdp.reward import FORMS, group_advantages, modified_reward
 
@@ -137,22 +138,25 @@ class CMDPTrainer(GRPOTrainer):
         def forward(model, *inputs, teacher_hidden=None, where=None, fused_lm_head=False, **kwargs):
             if teacher_hidden is None:
                 return fused_forward(*inputs, fused_lm_head=fused_lm_head, **kwargs)
+            keep = teacher_hidden.shape[1]
+            teacher_head = lm_head(self.accelerator.unwrap_model(self.teacher), self._vocab_size)
+            settings = args.divergence, args.jsd_beta, self.temperature
+            if fused_lm_head and divergences.own_tiles(teacher_hidden) and "output_router_logits" not in kwargs:
+                labels = kwargs.pop("labels")[:, -keep:]
+                hidden = model.base_model(*inputs, **kwargs).last_hidden_state[:, -keep - 1 : -1]
+                tokens, mask = labels.clamp(min=0), labels != -100
+                scores = divergences.score_on_cpu(
+                    hidden, lm_head(model), tokens, mask, teacher_hidden, teacher_head, where, *settings
+                )
+                return ScoredOutput(**scores._asdict())
             if fused_lm_head:
                 with _last_hidden_state(model) as captured:
                     output = fused_forward(*inputs, fused_lm_head=True, **kwargs)
             else:
                 captured, output = {"hidden": model.base_model(*inputs, **kwargs).last_hidden_state}, {}
-            keep = teacher_hidden.shape[1]
-            divergence = divergence_from_hidden(
-                captured["hidden"][:, -keep - 1 : -1],
-                lm_head(model, self._vocab_size),
-                teacher_hidden,
-                lm_head(self.accelerator.unwrap_model(self.teacher), self._vocab_size),
-                where,
-                args.divergence,
-                args.jsd_beta,
-                self.temperature,
-            )
+            hidden = captured["hidden"][:, -keep - 1 : -1]
+            head = lm_head(model, self._vocab_size)
+            divergence = divergence_from_hidden(hidden, head, teacher_hidden, teacher_head, where, *settings)
             return ScoredOutput(**output, divergence=divergence)
 
         model.forward = types.MethodType(forward, model)

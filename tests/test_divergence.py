@@ -16,6 +16,7 @@ from cmdp.divergence import (
     divergence_from_logits,
     lm_head,
     sampled_divergence,
+    score_on_cpu,
 )
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -49,11 +50,13 @@ def random_case(seed: int, bias=False, scale=1.0, softcap=None, rows=(VOCABULARY
     )
 
 
-@pytest.fixture(params=["one tile", "kernel"])
+@pytest.fixture(params=["one tile", "many tiles", "kernel"])
 def path(request, monkeypatch):
-    """Both ways to the divergence: the small one-tile path and TRL's tiled kernel."""
+    """Every way to the divergence: our tiles, of all tokens and of one, and TRL's kernel, as on an accelerator."""
+    if request.param == "many tiles":
+        monkeypatch.setattr(divergence, "TILE", 1)
     if request.param == "kernel":
-        monkeypatch.setattr(divergence, "ONE_TILE", 0)
+        monkeypatch.setattr(divergence, "own_tiles", lambda hidden: False)
     return request.param
 
 
@@ -90,7 +93,7 @@ def test_kernel_tiles_of_tokens_and_vocabulary_change_nothing(kind, monkeypatch)
 
     case = random_case(3, bias=True)
     whole = divergence_from_hidden(*case, kind)
-    monkeypatch.setattr(divergence, "ONE_TILE", 0)
+    monkeypatch.setattr(divergence, "own_tiles", lambda hidden: False)
     monkeypatch.setattr(chunked_divergence, "TOKEN_CHUNK_SIZE", 2)
     monkeypatch.setattr(chunked_divergence, "VOCAB_CHUNK_SIZE", 4)
     tiled = divergence_from_hidden(*case, kind)
@@ -98,6 +101,38 @@ def test_kernel_tiles_of_tokens_and_vocabulary_change_nothing(kind, monkeypatch)
     gradients = [torch.autograd.grad(value.sum(), (case[0], case[1].weight)) for value in (tiled, whole)]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize("tile", [1, 10_000])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_one_projection_gives_divergence_log_probabilities_and_entropy(kind, tile, padding, monkeypatch):
+    monkeypatch.setattr(divergence, "TILE", tile)
+    student_hidden, student, teacher_hidden, teacher, mask = random_case(8, bias=True, rows=(VOCABULARY + padding,) * 2)
+    teacher = teacher._replace(weight=teacher.weight[:VOCABULARY], bias=teacher.bias[:VOCABULARY])
+    tokens = torch.randint(0, VOCABULARY, mask.shape, generator=torch.Generator().manual_seed(2))
+    where = mask * torch.tensor([[1, 0, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]])  # the divergence at some tokens alone
+    weights = torch.randn(3, *mask.shape, generator=torch.Generator().manual_seed(3))
+    inputs = [student_hidden, student.weight, student.bias]
+
+    logits = student.logits(student_hidden) / 0.7
+    policy = logits.log_softmax(-1)
+    expected = (
+        plain(logits[..., :VOCABULARY], teacher.logits(teacher_hidden) / 0.7, kind, 0.3) * where,
+        policy.gather(-1, tokens[..., None])[..., 0] * mask,
+        -(policy.exp() * policy).sum(-1) * mask,
+    )
+    actual = score_on_cpu(
+        student_hidden, student, tokens, mask, teacher_hidden, teacher, where, kind, 0.3, temperature=0.7
+    )
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)
+    ours, theirs = (
+        torch.autograd.grad(sum((w * v).sum() for w, v in zip(weights, values, strict=True)), inputs)
+        for values in (actual, expected)
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_masked_tokens_cost_nothing_and_a_masked_batch_stays_connected(path):
