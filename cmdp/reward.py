@@ -13,12 +13,14 @@ from torch import Tensor
 from cmdp.budget import cumulative_cost, discount_factors
 
 FORMS = ("exhausted", "overshoot", "hinge", "lagrangian")
+CREDITS = ("sequence", "return_to_go", "length_normalised")
 
 
 class ModifiedReward(NamedTuple):
     """What `modified_reward` gives for B trajectories of T tokens."""
 
     reward: Tensor  # r~_t, (B, T)
+    task: Tensor  # what of it charges no divergence: task reward and penalty n, (B, T)
     weight: Tensor  # what multiplies grad Phi(s_t) in -grad J~, (B, T), >= 0
     over: Tensor  # whether the budget is exhausted once step t is paid, (B, T) of bool
 
@@ -86,21 +88,21 @@ def modified_reward(
 
     if form == "lagrangian":
         weight = lam * discount_factors(mask.to(cost.dtype), discount)
-        return ModifiedReward(task - weight * cost, weight, over)
+        return ModifiedReward(task - weight * cost, task, weight, over)
 
     if form in ("overshoot", "hinge"):
-        excess = (total[:, -1] - budget.to(cost.dtype)).clamp(min=0.0)
-        charge = torch.where(violated, penalty + lam * excess, 0.0)
-        reward = task if form == "hinge" else task.masked_fill(violated[:, None], 0.0)
-        reward = reward.scatter_add(1, last[:, None], -charge[:, None])
+        excess = torch.where(violated, total[:, -1] - budget.to(cost.dtype), 0.0)
+        task = task if form == "hinge" else task.masked_fill(violated[:, None], 0.0)
+        task = task.scatter_add(1, last[:, None], -penalty * violated[:, None].to(cost.dtype))
+        reward = task.scatter_add(1, last[:, None], -lam * excess[:, None])
         weight = lam * discount_factors(mask.to(cost.dtype), discount) * violated[:, None]
-        return ModifiedReward(reward, weight, over)
+        return ModifiedReward(reward, task, weight, over)
 
     charged = over & on
     first = charged & (charged.cumsum(dim=1) == 1)
     phi = cost if phi is None else phi.masked_fill(~on, 0.0)
-    reward = task.masked_fill(over, 0.0) - penalty * first - lam * phi * charged
-    return ModifiedReward(reward, lam * charged.to(cost.dtype), over)
+    task = task.masked_fill(over, 0.0) - penalty * first
+    return ModifiedReward(task - lam * phi * charged, task, lam * charged.to(cost.dtype), over)
 
 
 def group_advantages(returns: Tensor, group_size: int, scale: bool = False, floor: float = 1e-4) -> Tensor:
@@ -122,3 +124,46 @@ def group_advantages(returns: Tensor, group_size: int, scale: bool = False, floo
         variance = centred.square().nansum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
         centred = centred / (variance.sqrt() + floor)
     return centred.nan_to_num(nan=0.0).view(-1)
+
+
+def token_advantages(
+    reward: Tensor,
+    cost: Tensor,
+    mask: Tensor,
+    budget: Tensor,
+    group_size: int,
+    credit: str = "return_to_go",
+    discount: float = 1.0,
+) -> Tensor:
+    """Advantages token by token: the return from t on minus a baseline that knows the state, (B, T).
+
+    The baseline is a least-squares fit, over the batch's tokens, of that return on what s_t determines: the position,
+    the cost so far and its excess over the budget, and on the mean return of the prompt's group. A baseline of the
+    position alone collapses: tokens after a violation look good next to those of a trajectory that has yet to pay
+    (section 6).
+
+    Args:
+        reward: what each token earns, (B, T). A trajectory with NaN gets advantage 0.
+        cost, mask, budget: as for `modified_reward`.
+        credit: `return_to_go`, sum_{k>=t} r_k; or `length_normalised`, the mean of r_k over the later tokens k > t, as
+            in MiniLLM (arXiv 2306.08543, section 2.2), whose r_t is left to the single-step part.
+    """
+    on = (mask != 0) & ~reward.isnan().any(dim=1, keepdim=True)
+    reward = reward.masked_fill(~on, 0.0)
+    if not on.any():
+        return torch.zeros_like(reward)
+    returns = reward.flip(1).cumsum(1).flip(1)
+    position = on.cumsum(1)
+    if credit == "length_normalised":
+        returns = (returns - reward) / (position[:, -1:] - position).clamp(min=1)
+    group = returns[:, 0].view(-1, group_size).mean(1).repeat_interleave(group_size)
+    before = cumulative_cost(cost, mask, discount) - cost.masked_fill(mask == 0, 0.0) * discount_factors(
+        mask.to(cost.dtype), discount
+    )
+    limit = torch.where(budget.isinf(), 0.0, budget)[:, None].to(cost.dtype)
+    features = [torch.ones_like(cost), position / on.shape[1], before, (before - limit).clamp(min=0.0), before > limit]
+    features = torch.stack([x.to(cost.dtype) for x in (*features, group[:, None].expand_as(cost))], dim=-1)  # (B, T, 6)
+    solution = torch.linalg.lstsq(
+        features[on].double().cpu(), returns[on].double().cpu()[:, None], driver="gelsd"
+    ).solution
+    return (returns - (features.double() @ solution.to(features.device))[..., 0].to(cost.dtype)).masked_fill(~on, 0.0)

@@ -16,6 +16,7 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 from cmdp import budget as budgets
 from cmdp import divergence as divergences
 from cmdp.divergence import EXACT, SAMPLED, divergence_from_hidden, lm_head, sampled_divergence
-from cmdp.reward import FORMS, group_advantages, modified_reward
+from cmdp.reward import CREDITS, FORMS, group_advantages, modified_reward, token_advantages
 
 # Both parts of the loss must be divided by the same number, and one that no completion's own length enters: with a mean
 # over each completion's tokens (TRL's "grpo"), a long violation would weigh less than a short one.
@@ -48,9 +49,26 @@ class CMDPConfig(GRPOConfig):
     long_term: bool = field(
         default=True,
         metadata={
-            "help": "Whether the policy part is credited with the divergence charged. False, for the lagrangian form "
-            "only, leaves the charge to the single-step part, as GKD does."
+            "help": "Whether the policy part is credited with the divergence charged. False leaves the charge to the "
+            "single-step part, as GKD does."
         },
+    )
+    credit: str = field(default="sequence", metadata={"help": f"How returns are credited: one of {CREDITS}."})
+    margin: float = field(default=0.0, metadata={"help": "Share of the budget that the reward keeps in reserve."})
+    step_budget: float | None = field(
+        default=None,
+        metadata={"help": "d_step, nats: charge what each step exceeds it by, in place of what all exceed d by."},
+    )
+    budget_from: float | None = field(
+        default=None, metadata={"help": "The budget at the first step; it moves linearly to `budget` half-way."}
+    )
+    distil_steps: int = field(default=0, metadata={"help": "Steps of pure distillation before the method begins."})
+    csr_target: float | None = field(
+        default=None,
+        metadata={"help": "Distil, in place of the method's step, while the batch's CSR is below it (CRPO)."},
+    )
+    dual_rate: float = field(
+        default=0.0, metadata={"help": "lambda rises by this times E[C] - d each step (dual ascent), from `lam`."}
     )
     divergence: str = field(default="reverse_kl", metadata={"help": f"One of {EXACT} or, sampled, {SAMPLED}."})
     jsd_beta: float = field(default=0.5, metadata={"help": "beta of the generalised JSD."})
@@ -59,10 +77,14 @@ class CMDPConfig(GRPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        budgets.check_budget(self.budget, self.budget_form)
+        for limit in (self.budget, self.budget_from, self.step_budget):
+            budgets.check_budget(math.inf if limit is None else limit, self.budget_form)
+        if not 0 <= self.margin < 1:
+            raise ValueError(f"The margin is a share of the budget, 0 <= margin < 1, not {self.margin}.")
         for name, value, known in (
             ("reward_form", self.reward_form, FORMS),
             ("divergence", self.divergence, EXACT + SAMPLED),
+            ("credit", self.credit, CREDITS),
             ("loss_type", self.loss_type, LOSS_TYPES),
             ("scale_rewards", self.scale_rewards, ("none", "group")),
         ):
@@ -72,10 +94,21 @@ class CMDPConfig(GRPOConfig):
             raise ValueError("The lagrangian form knows no violation and so no penalty n: leave penalty at 0.")
         if self.lam < 0 or self.penalty < 0:
             raise ValueError(f"lam and penalty must be 0 or more, but they are {self.lam} and {self.penalty}.")
-        if not self.long_term and self.reward_form != "lagrangian":
-            raise ValueError("long_term=False goes with reward_form='lagrangian' only: the others need the credit.")
+        if self.dual_rate and self.reward_form != "lagrangian":
+            raise ValueError("dual_rate moves the weight of the mean cost: it goes with reward_form='lagrangian'.")
         if self.beta != 0.0:
             raise ValueError("beta must be 0: the teacher takes the place of GRPO's reference model.")
+
+
+class Objective(NamedTuple):
+    """What one step maximises: the modified reward's form and weights, as `CMDPConfig` names them."""
+
+    budget: float
+    form: str
+    task_weight: float
+    lam: float
+    penalty: float
+    long_term: bool
 
 
 @dataclass
@@ -201,31 +234,69 @@ class CMDPTrainer(GRPOTrainer):
         first = self.accelerator.process_index * len(mask)
         task_reward = self._task_reward[first : first + len(mask)]
         budget = budgets.trajectory_budget(args.budget, mask, args.budget_form)
+        total = budgets.cumulative_cost(cost, mask, args.discount)[:, -1]
+        excess = self.accelerator.gather(total - budget)
+        objective = self._objective(csr=float((excess <= 0).float().mean()))
+        if args.dual_rate and self.model.training:
+            self._dual_variable = max(0.0, self._dual_variable + args.dual_rate * float(excess.mean()))
+
+        aim = budgets.trajectory_budget(objective.budget * (1 - args.margin), mask, args.budget_form)
+        charged = cost
+        if args.step_budget is not None:  # a step's cost is its excess, of which nothing is allowed
+            charged, aim = (cost - args.step_budget).clamp(min=0.0), torch.zeros_like(aim)
         modified = modified_reward(
-            args.task_weight * task_reward,
-            cost,
+            objective.task_weight * task_reward,
+            charged,
             mask,
-            budget,
-            lam=args.lam,
-            penalty=args.penalty,
-            form=args.reward_form,
+            aim,
+            lam=objective.lam,
+            penalty=objective.penalty,
+            form=objective.form,
             discount=args.discount,
         )
-        returns = modified.total if args.long_term else args.task_weight * task_reward
+        earned = modified.reward if objective.long_term else modified.task
         group_size = self.num_generations if self.model.training else self.num_generations_eval
-        advantages = group_advantages(self.accelerator.gather(returns), group_size, args.scale_rewards == "group")
-        outputs["advantages"] = advantages[first : first + len(mask)]
+        if args.credit == "sequence":
+            returns = self.accelerator.gather(earned.sum(dim=1))
+            advantages = group_advantages(returns, group_size, args.scale_rewards == "group")
+            outputs["advantages"] = advantages[first : first + len(mask)]
+        else:
+            outputs["advantages"] = token_advantages(earned, cost, mask, aim, group_size, args.credit, args.discount)
         outputs["single_step_weight"] = modified.weight
-        if args.lam == 0:  # no single-step part: the loss needs no teacher
+        if args.step_budget is not None:
+            outputs["single_step_weight"] = modified.weight * (charged > 0)
+        if objective.lam == 0:  # no single-step part: the loss needs no teacher
             outputs.pop("teacher_hidden", None)
             outputs.pop("teacher_logps", None)
 
         self._log_trajectories(task_reward, cost, mask, budget, modified)
+        self._metrics[self._mode]["lambda"].append(objective.lam)
         rollout_time = time.perf_counter() - start
         metrics = self._metrics[self._mode]
         metrics["time/scoring"].append(rollout_time - metrics["time/generation"][-1])  # rewards included
         self._rollout_time += rollout_time
         return outputs
+
+    def _objective(self, csr: float) -> Objective:
+        """What this step maximises; `csr` is that of its rollouts."""
+        args, step = self.args, self.state.global_step
+        if step < args.distil_steps or (args.csr_target is not None and csr < args.csr_target):
+            return Objective(args.budget, "lagrangian", task_weight=0.0, lam=1.0, penalty=0.0, long_term=False)
+        budget = args.budget
+        if args.budget_from is not None:
+            left = max(0.0, 1 - 2 * step / max(1, self.state.max_steps))
+            budget += left * (args.budget_from - args.budget)
+        lam = self._dual_variable if args.dual_rate else args.lam
+        return Objective(budget, args.reward_form, args.task_weight, lam, args.penalty, args.long_term)
+
+    @property
+    def _dual_variable(self) -> float:
+        """lambda of dual ascent. It is kept in the trainer's state, which checkpoints save."""
+        return self.state.stateful_callbacks.get("dual variable", self.args.lam)
+
+    @_dual_variable.setter
+    def _dual_variable(self, value: float) -> None:
+        self.state.stateful_callbacks["dual variable"] = value
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -319,6 +390,8 @@ class CMDPTrainer(GRPOTrainer):
             return policy_loss
         # the direct gradient of k1 is grad log pi, whose mean is zero: its credit is all in the policy part
         divergence = self._divergence.detach() if self.args.divergence == "k1" else self._divergence
+        if self.args.step_budget is not None:
+            divergence = divergence - self.args.step_budget
         charged = inputs["single_step_weight"] * divergence * self._charged
         single_step_loss = charged.sum() / self._normaliser(inputs)
         metrics["loss/single_step"].append(self._mean_over_processes(single_step_loss * scale))

@@ -2,13 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmdp.budget import cumulative_cost, discount_factors, trajectory_budget
-from cmdp.reward import FORMS, group_advantages, modified_reward
+from cmdp.reward import FORMS, group_advantages, modified_reward, token_advantages
 
 SEEDS = st.integers(0, 2**31 - 1)
 SIZES = st.floats(0, 5)
@@ -310,3 +311,44 @@ def test_an_unscored_completion_is_left_out_of_its_group(scale):
 def test_groups_with_one_score_or_none_have_no_advantage(scale):
     nan = math.nan
     assert group_advantages(torch.tensor([nan, nan, nan, 2.0, nan, nan]), 3, scale).tolist() == [0.0] * 6
+
+
+def test_token_advantages_are_the_residual_of_the_return_on_the_state():
+    draw = torch.Generator().manual_seed(0)
+    reward, cost = torch.randn(8, 6, generator=draw), torch.rand(8, 6, generator=draw)
+    mask = (torch.arange(6) < torch.randint(1, 7, (8, 1), generator=draw)).long()
+    budget = torch.full((8,), 1.2)
+    advantages = token_advantages(reward, cost, mask, budget, 4)
+    assert (advantages[mask == 0] == 0).all()
+
+    reward = reward * mask
+    to_go = torch.stack([reward[:, t:].sum(1) for t in range(6)], dim=1)
+    so_far = torch.stack([(cost * mask)[:, :t].sum(1) for t in range(6)], dim=1)
+    group = to_go[:, 0].view(2, 4).mean(1).repeat_interleave(4)[:, None].expand(8, 6)
+    position = mask.cumsum(1) / 6
+    state = [torch.ones(8, 6), position, so_far, (so_far - 1.2).clamp(min=0), (so_far > 1.2).float(), group]
+    state = np.stack([x[mask == 1].double().numpy() for x in state], axis=1)
+    target = to_go[mask == 1].double().numpy()
+    expected = target - state @ np.linalg.lstsq(state, target, rcond=None)[0]
+    np.testing.assert_allclose(advantages[mask == 1].numpy(), expected, atol=1e-5)
+
+
+def test_length_normalised_credit_is_the_mean_of_what_comes_after():
+    reward = torch.tensor([[1.0, 2.0, 6.0, 9.0], [0.0, 0.0, 0.0, 0.0]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    zero, budget = torch.zeros(2, 4), torch.full((2,), torch.inf)
+    together = token_advantages(reward, zero, mask, budget, 2, "length_normalised")
+    # the same fit, up to the target: 4 and 6 nats a later token, then nothing; zeros
+    target = torch.tensor([4.0, 6.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    position = torch.tensor([1.0, 2, 3, 1, 2, 3, 4]) / 4
+    state = torch.stack([torch.ones(7), position], dim=1)
+    residual = target - state @ torch.linalg.lstsq(state, target[:, None]).solution[:, 0]
+    torch.testing.assert_close(together[mask == 1], residual, atol=1e-5, rtol=1e-5)
+
+
+def test_token_advantages_leave_out_what_no_reward_could_score():
+    reward = torch.tensor([[0.0, torch.nan], [0.0, 1.0]])
+    advantages = token_advantages(reward, torch.zeros(2, 2), torch.ones(2, 2), torch.ones(2), 2)
+    assert (advantages[0] == 0).all()
+    assert advantages.isfinite().all()
+    assert (token_advantages(reward, torch.zeros(2, 2), torch.zeros(2, 2), torch.ones(2), 2) == 0).all()

@@ -199,6 +199,9 @@ def reference(
     discount=1.0,
     divergence="reverse_kl",
     loss_type="dapo",
+    margin=0.0,
+    step_budget=None,
+    long_term=True,
 ) -> torch.Tensor:
     """The loss of section 6 whose gradient is section 4 (c), from its formulas: a loop over completions and tokens."""
     rewards, policy, direct, tokens, violations = score(COMPLETIONS), [], [], 0, 0
@@ -206,22 +209,24 @@ def reference(
     for index, ids in enumerate(COMPLETIONS):
         prompt_ids = tokenizer(PROMPTS[index // GROUP]).input_ids
         logp, cost = token_values(model, teacher, prompt_ids, ids, divergence)
+        limit = (1 - margin) * budget * (len(ids) if budget_form == "per_token" else 1)
+        if step_budget is not None:
+            cost, limit = (cost - step_budget).clamp(min=0), 0.0
         paid = cost.detach()
         gammas = torch.tensor([discount**t for t in range(len(ids))])
-        limit = budget * len(ids) if budget_form == "per_token" else budget
         over = (gammas * paid).cumsum(0) > limit
         spent = (gammas * paid).sum()
         if reward_form == "exhausted":
-            total = (0.0 if over[-1] else rewards[index]) - penalty * over.any() - lam * (paid * over).sum()
+            total, charge = (0.0 if over[-1] else rewards[index]) - penalty * over.any(), lam * (paid * over).sum()
             charged = over.float()
         elif reward_form in ("overshoot", "hinge"):
             kept = rewards[index] if spent <= limit or reward_form == "hinge" else 0.0
-            total = kept - (penalty + lam * (spent - limit) if spent > limit else 0.0)
+            total, charge = (kept - penalty, lam * (spent - limit)) if spent > limit else (kept, 0.0)
             charged = gammas * (spent > limit)
         else:
-            total = rewards[index] - lam * spent
+            total, charge = rewards[index], lam * spent
             charged = gammas
-        returns.append(float(total))
+        returns.append(float(total - charge if long_term else total))
         policy.append((logp - logp.detach()).exp().sum())  # the ratio pi / pi_old, which is 1
         # the gradient of k1 itself is that of log pi, whose mean is zero: only its credit counts
         direct.append(lam * (charged * (paid if divergence == "k1" else cost)).sum())
@@ -245,6 +250,10 @@ CASES = {
     "overshoot-discounted": {"reward_form": "overshoot", "penalty": 0.5, "discount": 0.9, "loss_type": "dr_grpo"},
     "hinge": {"reward_form": "hinge", "lam": 0.5, "penalty": 0.3, "discount": 0.9},
     "lagrangian": {"reward_form": "lagrangian", "lam": 0.1},
+    "margin": {"reward_form": "overshoot", "margin": 0.2},
+    "worst-case": {"reward_form": "overshoot", "step_budget": 0.9},
+    "single-step": {"reward_form": "hinge", "long_term": False, "penalty": 0.3},
+    "single-step-lagrangian": {"reward_form": "lagrangian", "long_term": False, "lam": 0.2},
     "forward-kl": {"reward_form": "exhausted", "divergence": "forward_kl"},
     "jsd": {"reward_form": "overshoot", "divergence": "jsd", "budget": 0.8},
     "k1": {"reward_form": "exhausted", "divergence": "k1"},
@@ -295,6 +304,68 @@ def test_the_teacher_gets_no_gradient_and_stays_as_it_was(student, teacher, toke
     trainer.train()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "as_gkd"),
+    [
+        ({"distil_steps": 1}, True),
+        ({"csr_target": 1.0}, True),  # some of the completions violate
+        ({"csr_target": 0.1}, False),
+        ({"budget_from": BUDGET / 2}, False),
+    ],
+    ids=str,
+)
+def test_a_step_that_distils_is_gkds(original_pair, tokenizer, tmp_path, options, as_gkd):
+    """...and one that does not is the method's, under the budget that the schedule gives it."""
+    settings = {"budget": BUDGET, "reward_form": "hinge"}
+    ours = one_step(build(*copy.deepcopy(original_pair), tokenizer, tmp_path, **settings, **options))
+    same = METHODS["gkd"] if as_gkd else settings | {"budget": options.get("budget_from", BUDGET)}
+    expected = one_step(build(*copy.deepcopy(original_pair), tokenizer, tmp_path, **same))
+    assert ours[0] == pytest.approx(expected[0], rel=1e-5)
+    assert distance(ours[1], expected[1]) < 1e-6
+
+
+def test_after_its_distillation_a_run_follows_its_method(original_pair, tokenizer, tmp_path):
+    options = {"budget": BUDGET, "reward_form": "hinge", "max_steps": 2, "learning_rate": 0.0}
+    trainers = [
+        build(*copy.deepcopy(original_pair), tokenizer, tmp_path, **options, distil_steps=steps) for steps in (0, 1)
+    ]
+    for trainer in trainers:
+        trainer.train()
+    (first, second), (distilled, followed) = ([x for x in t.state.log_history if "csr" in x] for t in trainers)
+    assert distilled["modified_reward"] != pytest.approx(first["modified_reward"], rel=1e-3)
+    assert followed["modified_reward"] == pytest.approx(second["modified_reward"], rel=1e-5)
+
+
+def test_dual_ascent_follows_the_mean_excess_and_survives_a_resume(original_pair, tokenizer, tmp_path):
+    """lambda rises by rate times E[C] - d; a resumed run goes on with the lambda that its checkpoint had."""
+    options = {"reward_form": "lagrangian", "lam": 0.1, "dual_rate": 0.05, "budget": BUDGET}
+    options |= {"save_strategy": "steps", "save_steps": 2}
+    options |= {"max_steps": 4, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
+    whole = build(*copy.deepcopy(original_pair), tokenizer, tmp_path, **options)
+    whole.train()
+    log = [entry for entry in whole.state.log_history if "csr" in entry]
+    expected = 0.1
+    for entry in log:
+        assert entry["lambda"] == pytest.approx(expected, rel=1e-5)
+        expected = max(0.0, expected + 0.05 * (entry["cost/mean"] - BUDGET))
+    assert log[-1]["lambda"] != pytest.approx(0.1, rel=1e-3)
+    resumed = build(*copy.deepcopy(original_pair), tokenizer, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [e["lambda"] for e in resumed.state.log_history if "csr" in e] == [e["lambda"] for e in log]
+
+
+def test_credit_token_by_token_reaches_the_policy(original_pair, tokenizer, tmp_path):
+    """The loss of an on-policy step is minus the mean of the advantages, which a baseline centres; its gradient is not
+    that of the credit to the sequence."""
+    options = {"budget": BUDGET, "reward_form": "exhausted"}
+    sequence, token = (
+        one_step(build(*copy.deepcopy(original_pair), tokenizer, tmp_path, **options, credit=credit))
+        for credit in ("sequence", "return_to_go")
+    )
+    assert math.isfinite(token[0])
+    assert distance(token[1], sequence[1]) > 1e-2
 
 
 # ---- the same mathematics however it is run ----
@@ -626,8 +697,10 @@ def test_a_head_with_too_few_rows_is_refused_by_name(student, teacher, tokenizer
         ({"budget_form": "weekly"}, "'weekly'"),
         ({"lam": -0.1}, "0 or more"),
         ({"penalty": -0.1}, "0 or more"),
-        ({"long_term": False}, "long_term=False goes with reward_form='lagrangian' only"),
-        ({"long_term": False, "reward_form": "overshoot"}, "long_term=False"),
+        ({"dual_rate": 0.1}, "dual_rate moves the weight of the mean cost"),
+        ({"margin": 1.0}, "share of the budget"),
+        ({"step_budget": -1.0}, "0 nats or more"),
+        ({"credit": "token"}, "credit is one of"),
     ],
     ids=str,
 )
