@@ -250,6 +250,21 @@ def benchmark(params: dict, _: argparse.Namespace) -> None:
         print(measure(sizes, RESULTS / "benchmark" / f"{name}.csv").to_string())
 
 
+def export(params: dict, arguments: argparse.Namespace) -> None:
+    """Export a trained student for use without teacher and without this package, with a model card."""
+    from cmdp.export import export as write
+    from cmdp.methods import METHODS, method_of
+
+    run, _, seed = arguments.folder.name.rpartition("-")
+    method = method_of(run)
+    settings = {**params["train"], **params["budget"], **params["runs"].get(run, {}), **METHODS.get(method, {})}
+    settings |= {"run": run, "method": method, "seed": seed, "base_model": str(MODELS / "student")}
+    measured = (RESULTS / "summary.csv").is_file()
+    summary = pd.read_csv(RESULTS / "summary.csv") if measured else None
+    record = json.loads((RESULTS / "provenance.json").read_text(encoding="utf-8")) if measured else provenance()
+    write(arguments.folder, arguments.target, settings, summary, record["commit"], arguments.merge)
+
+
 def notebook(params: dict, arguments: argparse.Namespace) -> None:
     """Execute a notebook into results/notebooks, with papermill."""
     import papermill
@@ -310,7 +325,7 @@ def main() -> None:
     parser.add_argument("--overlay", type=Path, help="a profile, laid over the parameters")
     commands = parser.add_subparsers(required=True, metavar="command")
     of_the_pipeline = (data, supervised, train, evaluate, collect, theory, figures, notebook)
-    for stage in (*of_the_pipeline, trial, choose, table, benchmark, overlay):
+    for stage in (*of_the_pipeline, trial, choose, table, benchmark, export, overlay):
         command = commands.add_parser(stage.__name__, help=stage.__doc__)
         command.set_defaults(stage=stage)
         if stage is supervised:
@@ -319,6 +334,10 @@ def main() -> None:
             command.add_argument("subject", nargs="?", choices=("default", "theory"), default="default")
         if stage is notebook:
             command.add_argument("name")
+        if stage is export:
+            command.add_argument("folder", type=Path, help="a trained student: models/runs/cmdp-hinge-0")
+            command.add_argument("target", type=Path, help="a new folder")
+            command.add_argument("--merge", action="store_true", help="merge a LoRA adapter into its base model")
         if stage in (train, evaluate, trial):
             command.add_argument("run", help="a method, with its variant: gkd-grpo-weak")
             command.add_argument("index" if stage is trial else "seed", type=int)
