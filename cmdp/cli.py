@@ -250,6 +250,32 @@ def benchmark(params: dict, _: argparse.Namespace) -> None:
         print(measure(sizes, RESULTS / "benchmark" / f"{name}.csv").to_string())
 
 
+def export(params: dict, arguments: argparse.Namespace) -> None:
+    """Export a trained student for use without teacher and without this package, with a model card."""
+    from cmdp.export import export as write
+    from cmdp.methods import METHODS, method_of
+
+    run, _, seed = arguments.folder.name.rpartition("-")
+    method = method_of(run)
+    settings = {**params["train"], **params["budget"], **params["runs"].get(run, {}), **METHODS.get(method, {})}
+    settings |= {"run": run, "method": method, "seed": seed, "base_model": str(MODELS / "student")}
+    measured = (RESULTS / "summary.csv").is_file()
+    summary = pd.read_csv(RESULTS / "summary.csv") if measured else None
+    record = json.loads((RESULTS / "provenance.json").read_text(encoding="utf-8")) if measured else provenance()
+    write(arguments.folder, arguments.target, settings, summary, record["commit"], arguments.merge)
+
+
+def judge(_: dict, arguments: argparse.Namespace) -> None:
+    """Pairwise reasoning win rate of run A over run B, judged in both orders by a model behind an endpoint."""
+    from cmdp.judge import Endpoint, read_completions
+    from cmdp.judge import judge as compare
+
+    endpoint = Endpoint(arguments.endpoint, arguments.model, json.loads(arguments.options), arguments.timeout)
+    tables = [read_completions(path) for path in (arguments.a, arguments.b)]
+    template = arguments.prompt.read_text(encoding="utf-8")
+    print(json.dumps(compare(*tables, endpoint, template, arguments.out, arguments.concurrency), indent=2))
+
+
 def notebook(params: dict, arguments: argparse.Namespace) -> None:
     """Execute a notebook into results/notebooks, with papermill."""
     import papermill
@@ -310,7 +336,7 @@ def main() -> None:
     parser.add_argument("--overlay", type=Path, help="a profile, laid over the parameters")
     commands = parser.add_subparsers(required=True, metavar="command")
     of_the_pipeline = (data, supervised, train, evaluate, collect, theory, figures, notebook)
-    for stage in (*of_the_pipeline, trial, choose, table, benchmark, overlay):
+    for stage in (*of_the_pipeline, trial, choose, table, benchmark, export, judge, overlay):
         command = commands.add_parser(stage.__name__, help=stage.__doc__)
         command.set_defaults(stage=stage)
         if stage is supervised:
@@ -319,6 +345,20 @@ def main() -> None:
             command.add_argument("subject", nargs="?", choices=("default", "theory"), default="default")
         if stage is notebook:
             command.add_argument("name")
+        if stage is export:
+            command.add_argument("folder", type=Path, help="a trained student: models/runs/cmdp-hinge-0")
+            command.add_argument("target", type=Path, help="a new folder")
+            command.add_argument("--merge", action="store_true", help="merge a LoRA adapter into its base model")
+        if stage is judge:
+            command.add_argument("a", type=Path, help="completions of run A: a CSV with prompt, completion[, sample]")
+            command.add_argument("b", type=Path, help="of run B")
+            command.add_argument("--endpoint", required=True, help="http://localhost:8000/v1; its key: JUDGE_API_KEY")
+            command.add_argument("--model", required=True, help="the judge's name at the endpoint")
+            command.add_argument("--out", type=Path, required=True, help="folder of replies, verdicts and summary")
+            command.add_argument("--prompt", type=Path, default=Path(__file__).with_name("judge_prompt.txt"))
+            command.add_argument("--options", default='{"temperature": 0, "max_tokens": 512}', help="of each request")
+            command.add_argument("--timeout", type=float, default=120.0, help="seconds a request may take")
+            command.add_argument("--concurrency", type=int, default=4, help="requests at a time")
         if stage in (train, evaluate, trial):
             command.add_argument("run", help="a method, with its variant: gkd-grpo-weak")
             command.add_argument("index" if stage is trial else "seed", type=int)
@@ -327,7 +367,7 @@ def main() -> None:
         params = read_params(arguments.params, arguments.overlay)
         set_up(params)
         arguments.stage(params, arguments)
-    except (FileNotFoundError, ValueError, KeyError) as error:
+    except (FileNotFoundError, ConnectionError, ValueError, KeyError) as error:
         if os.environ.get("CMDP_TRACEBACK"):
             raise
         message = f"the parameters have no {error}" if isinstance(error, KeyError) else error

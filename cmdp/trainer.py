@@ -27,7 +27,7 @@ from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from cmdp import budget as budgets
 from cmdp import divergence as divergences
-from cmdp.divergence import EXACT, SAMPLED, divergence_from_hidden, lm_head, sampled_divergence
+from cmdp.divergence import EXACT, SAMPLED, Head, divergence_from_hidden, lm_head, sampled_divergence
 from cmdp.reward import CREDITS, FORMS, group_advantages, modified_reward, token_advantages
 
 # Both parts of the loss must be divided by the same number, and one that no completion's own length enters: with a mean
@@ -156,6 +156,7 @@ class CMDPTrainer(GRPOTrainer):
             self.teacher = prepare_fsdp(teacher, self.accelerator)
         else:
             self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        self._teacher_head = None if self._sampled else self._whole_teacher_head()
         self._task_reward = self._scores = self._teacher_batch = self._charged = self._divergence = None
         self._rollout_time = 0.0
 
@@ -172,7 +173,7 @@ class CMDPTrainer(GRPOTrainer):
             if teacher_hidden is None:
                 return fused_forward(*inputs, fused_lm_head=fused_lm_head, **kwargs)
             keep = teacher_hidden.shape[1]
-            teacher_head = lm_head(self.accelerator.unwrap_model(self.teacher), self._vocab_size)
+            teacher_head = self._teacher_head
             settings = args.divergence, args.jsd_beta, self.temperature
             if fused_lm_head and divergences.own_tiles(teacher_hidden) and "output_router_logits" not in kwargs:
                 labels = kwargs.pop("labels")[:, -keep:]
@@ -193,6 +194,20 @@ class CMDPTrainer(GRPOTrainer):
             return ScoredOutput(**output, divergence=divergence)
 
         model.forward = types.MethodType(forward, model)
+
+    def _whole_teacher_head(self) -> Head:
+        """The teacher's head, gathered once: the student's forward uses it, where the teacher's own hooks, which gather
+        what FSDP and ZeRO-3 have sharded, do not run. It is frozen, so a copy stays true."""
+        model = self.accelerator.unwrap_model(self.teacher)
+        parameters = list(model.get_output_embeddings().parameters())
+        with (
+            self._dist.summon_full_params(self.teacher, recurse=False, writeback=False),
+            self._dist.gather_params(parameters),
+        ):
+            head = lm_head(model, self._vocab_size)
+            if self._dist.fsdp_version != 1 and not self._dist.is_zero3:
+                return head  # whole already, or made so by `lm_head`
+            return head._replace(weight=head.weight.clone(), bias=None if head.bias is None else head.bias.clone())
 
     # ---- rollouts and their scores ----
 

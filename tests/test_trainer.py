@@ -1,21 +1,16 @@
 """The trainer: agreement with TRL's own, with the formulas written out, and with itself under every way to run it.
 
-Run as a script by `torchrun`, it writes the gradients of a two-process run (see the test of that name).
+In one process: test_distributed.py has several.
 """
 
 import copy
 import functools
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import COMPLETIONS, MAX_LENGTH, PROMPTS, make_model, make_tokenizer, score
+from conftest import COMPLETIONS, MAX_LENGTH, PROMPTS, score
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 
@@ -707,61 +702,3 @@ def test_a_head_with_too_few_rows_is_refused_by_name(student, teacher, tokenizer
 def test_settings_without_a_meaning_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         CMDPConfig(**{**COMMON, "output_dir": str(tmp_path), "loss_type": "dapo", "num_generations": 4, **options})
-
-
-# ---- several processes ----
-
-DISTRIBUTED = {
-    "exhausted": {"reward_form": "exhausted", "loss_type": "dapo"},
-    "overshoot": {"reward_form": "overshoot", "loss_type": "dr_grpo", "divergence": "k3", "budget_form": "per_token"},
-}
-
-
-def distributed_step(out: Path, case: str, size: int, accumulation: int) -> dict[str, torch.Tensor]:
-    """Gradients, loss and two metrics of one step on one group of eight, which the processes share."""
-    tokenizer = make_tokenizer()
-    trainer = build(
-        make_model(tokenizer, seed=0),
-        make_model(tokenizer, seed=1, hidden=24),
-        tokenizer,
-        out,
-        budget=BUDGET if case == "exhausted" else 0.8,
-        num_generations=8,
-        per_device_train_batch_size=size,
-        gradient_accumulation_steps=accumulation,
-        max_steps=1,
-        **DISTRIBUTED[case],
-    )
-    trainer.train()
-    log = trainer.state.log_history[0]
-    loss = trainer.accelerator.reduce(sum(trainer.losses), reduction="mean")
-    numbers = {"loss": loss, **{name: torch.tensor(log[name]) for name in ("csr", "loss/policy", "loss/single_step")}}
-    return {f"{case}.{name}": value for name, value in {**trainer.recorded[0], **numbers}.items()}
-
-
-@pytest.mark.slow
-def test_two_processes_have_the_loss_and_gradient_of_one(tmp_path):
-    """DDP over gloo; the group of eight is split between the processes, and so are its lengths, unevenly."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, str(tmp_path)]
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=240)
-    assert run.returncode == 0, run.stderr[-3000:]
-    two = load_file(tmp_path / "two.safetensors")
-    for case in DISTRIBUTED:
-        one = distributed_step(tmp_path, case, size=8, accumulation=1)
-        numbers = {name: two.pop(name) for name in one if one[name].dim() == 0}
-        for name, value in numbers.items():
-            assert value.item() == pytest.approx(one.pop(name).item(), rel=1e-5, abs=1e-7), name
-        assert 0 < numbers[f"{case}.csr"] < 1
-        assert distance({name: two.pop(name) for name in one}, one) < 1e-5
-    assert not two
-
-
-if __name__ == "__main__":
-    results = {}
-    for case in DISTRIBUTED:
-        results |= distributed_step(Path(sys.argv[1]), case, size=2, accumulation=2)
-    if os.environ["RANK"] == "0":
-        save_file(results, Path(sys.argv[1]) / "two.safetensors")
-    torch.distributed.destroy_process_group()

@@ -1,0 +1,120 @@
+"""Two processes compute what one does, under every way that `accelerate launch` shares a model: DDP and both FSDPs.
+
+The processes are CPU processes that talk over gloo, launched with TRL's own accelerate configurations. Run as a script
+by `accelerate launch`, this file writes what two processes computed; the test compares it with one process.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import trl
+from conftest import make_model, make_tokenizer
+from safetensors.torch import load_file, save_file
+from test_trainer import BUDGET, Gradients, build, distance
+
+CONFIGS = Path(trl.__file__).parent / "accelerate_configs"
+WHOLE = ["--fsdp_cpu_ram_efficient_loading=false", "--fsdp_sync_module_states=false"]  # both need a GPU
+LAUNCH = {
+    "ddp": [f"--config_file={CONFIGS / 'multi_gpu.yaml'}"],
+    "fsdp1": [f"--config_file={CONFIGS / 'fsdp1.yaml'}", *WHOLE],
+    "fsdp2": [f"--config_file={CONFIGS / 'fsdp2.yaml'}", *WHOLE],
+}
+WRAPPER = {"ddp": "DistributedDataParallel", "fsdp1": "FullyShardedDataParallel", "fsdp2": "FSDPLlamaForCausalLM"}
+CASES = {
+    "exhausted": {"reward_form": "exhausted", "loss_type": "dapo", "budget": BUDGET},
+    "overshoot": {
+        "reward_form": "overshoot",
+        "loss_type": "dr_grpo",
+        "divergence": "k3",
+        "budget": 0.8,
+        "budget_form": "per_token",
+    },
+}
+LOGGED = ("loss", "csr", "kl_per_token", "loss/policy", "loss/single_step")
+STEPS = 2
+
+
+def steps(out: Path, case: str, **options) -> tuple[dict[str, torch.Tensor], str]:
+    """What two steps on one group of eight logged, the weights that they led to, and the name of the model's wrapper.
+
+    The completions are fixed, and the processes share the group, so its lengths unevenly.
+    """
+    tokenizer = make_tokenizer()
+    models = make_model(tokenizer, seed=0), make_model(tokenizer, seed=1, hidden=24)
+    trainer = build(*models, tokenizer, out, num_generations=8, max_steps=STEPS, **CASES[case], **options)
+    trainer.remove_callback(Gradients)  # a process of FSDP has no whole gradient
+    trainer.train()
+    weights = whole_weights(trainer)
+    log = [row for row in trainer.state.log_history if "csr" in row]
+    numbers = {f"{name}.{row['step']}": torch.tensor(row[name]) for row in log for name in LOGGED}
+    result = {f"{case}.{name}": value for name, value in (numbers | weights).items()}
+    return result, type(trainer.model_wrapped).__name__
+
+
+def whole_weights(trainer) -> dict[str, torch.Tensor]:
+    """The student's parameters, gathered from all processes."""
+    with trainer._dist.summon_full_params(trainer.model_wrapped, writeback=False):
+        named = dict(trainer.model_wrapped.named_parameters())
+        whole = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in named.items()}
+        return {name.removeprefix("module."): value.detach().clone() for name, value in whole.items()}
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    results = {}
+    for case in CASES:
+        results |= steps(tmp_path_factory.mktemp("one"), case, per_device_train_batch_size=8)[0]
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LAUNCH)
+def test_two_processes_have_the_losses_and_weights_of_one(tmp_path, one, kind):
+    common = ["--num_processes=2", "--mixed_precision=no", "--main_process_port=0"]
+    command = ["-m", "accelerate.commands.launch", *LAUNCH[kind], *common, __file__, str(tmp_path)]
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr[-6000:]
+    assert set((tmp_path / "wrapper.txt").read_text().split()) == {WRAPPER[kind]}
+    two = load_file(tmp_path / "two.safetensors")
+    assert two.keys() == one.keys()
+    numbers = [name for name in one if one[name].dim() == 0]
+    assert len(numbers) == len(CASES) * len(LOGGED) * STEPS
+    for name in numbers:
+        assert two[name].item() == pytest.approx(one[name].item(), rel=1e-5, abs=1e-6), name
+    start = dict(make_model(make_tokenizer(), seed=0).named_parameters())
+    for case in CASES:
+        assert 0 < two[f"{case}.csr.1"] < 1
+        moved = [{name: result[f"{case}.{name}"] - start[name] for name in start} for result in (two, one)]
+        assert distance(*moved) < 1e-4
+
+
+def let_accelerate_shard_on_cpus() -> None:
+    """accelerate shards models on accelerators only, though torch does over gloo too: take the CPUs for such."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if sharded:
+        let_accelerate_shard_on_cpus()
+    results, wrappers = {}, []
+    for case in CASES:
+        options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "use_cpu": not sharded}
+        result, wrapper = steps(out, case, **options)
+        results |= result
+        wrappers.append(wrapper)
+    if os.environ["RANK"] == "0":
+        (out / "wrapper.txt").write_text(" ".join(wrappers))
+        save_file(results, out / "two.safetensors")
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,329 @@
+"""The judge, over real HTTP on loopback: a server that judges by a rule, and `transformers serve`."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from transformers.utils.import_utils import is_serve_available
+
+from cmdp import cli
+from cmdp import judge as judging
+from cmdp.judge import Endpoint, digest, judge, paired, read_completions, read_replies, verdict
+
+TEMPLATE = (Path(cli.__file__).parent / "judge_prompt.txt").read_text()
+KEY = "sk-very-secret-1234"
+
+
+def by_rule(prompt: str) -> str:
+    """An honest judge: the solution that says more of `good` is the better."""
+    first, second = (
+        len(re.findall("good", text)) for text in re.findall(r"<solution \d>(.*?)</solution", prompt, re.S)
+    )
+    return f"I compare them.\nVerdict: [[{'tie' if first == second else 1 if first > second else 2}]]"
+
+
+class Server(ThreadingHTTPServer):
+    """Answers /v1/chat/completions by `answer`; `trouble` (status, headers, body) are given out before answers."""
+
+    daemon_threads = True
+
+    def __init__(self, answer=by_rule):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answer, self.trouble, self.pause = answer, [], 0.0
+        self.prompts, self.keys, self.options = [], [], []
+        self.now = self.most = 0
+        self.lock = threading.Lock()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            server.now += 1
+            server.most = max(server.most, server.now)
+            server.keys.append(self.headers["Authorization"])
+            trouble = server.trouble.pop(0) if server.trouble else None
+        time.sleep(server.pause)
+        prompt = body.pop("messages")[0]["content"]
+        status, headers, content = trouble or (200, {}, self.chat(prompt, body))
+        with server.lock:
+            server.now -= 1
+        self.send_response(status if self.path == "/v1/chat/completions" else 404)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client has given up, or was killed
+            self.end_headers()
+            self.wfile.write(content)
+
+    def chat(self, prompt: str, body: dict) -> bytes:
+        with self.server.lock:
+            self.server.prompts.append(prompt)
+            self.server.options.append(body)
+        message = {"role": "assistant", "content": self.server.answer(prompt)}
+        return json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(judging, "BACKOFF", 0.01)
+    monkeypatch.delenv("JUDGE_API_KEY", raising=False)
+    with Server() as running:
+        yield running
+        running.shutdown()
+
+
+def table(**completions: list[str]) -> pd.DataFrame:
+    rows = [(name, text, i) for name, texts in completions.items() for i, text in enumerate(texts)]
+    return pd.DataFrame(rows, columns=["prompt", "completion", "sample"])
+
+
+A = table(p1=["good good", "good"], p2=["", "same"], p3=["good"])
+B = table(p1=["good", "good good $5 {x}"], p2=["good", "same"], p3=["bad good"])  # A: win, loss; loss, tie; tie
+
+
+def test_the_win_rate_is_the_mean_over_prompts_of_wins_and_half_the_ties(server, tmp_path):
+    summary = judge(A, B, Endpoint(server.url, "rule"), TEMPLATE, tmp_path, 2)
+    assert summary["win_rate"]["mean"] == pytest.approx((0.5 + 0.25 + 0.5) / 3, abs=1e-4)
+    assert summary["win_rate"]["low"] < summary["win_rate"]["mean"] < summary["win_rate"]["high"]
+    assert [summary[name] for name in ("wins", "ties", "losses")] == [1, 2, 2]
+    assert (summary["agreement"], summary["first"], summary["identical_pairs"]) == (1.0, 0.5, 1)
+    assert len(server.prompts) == len(set(server.prompts)) == 8  # both orders of four pairs that differ
+    verdicts = pd.read_csv(tmp_path / "verdicts.csv")
+    assert verdicts["score"].tolist() == [1.0, 0.0, 0.0, 0.5, 0.5]
+    back = judge(B, A, Endpoint(server.url, "rule"), TEMPLATE, tmp_path, 2)
+    assert back["win_rate"]["mean"] == pytest.approx(1 - summary["win_rate"]["mean"], abs=2e-4)
+    assert len(server.prompts) == 8, "the same pairs, already judged"
+
+
+def test_a_judge_that_prefers_a_position_is_found_out_and_favours_nobody(server, tmp_path):
+    server.answer = lambda prompt: "Verdict: [[1]]"
+    summary = judge(A, B, Endpoint(server.url, "first"), TEMPLATE, tmp_path, 2)
+    assert summary["win_rate"]["mean"] == 0.5
+    assert (summary["agreement"], summary["first"]) == (0.0, 1.0)
+
+
+def test_replies_without_a_verdict_leave_their_pair_out_and_are_counted(server, tmp_path):
+    server.answer = lambda prompt: "Who knows." if "<solution 1>\n\n" in prompt else by_rule(prompt)
+    with pytest.raises(ValueError, match="No pair has a verdict in both orders: 1 replies had none"):
+        judge(table(p1=[""]), table(p1=["good"]), Endpoint(server.url, "shy"), TEMPLATE, tmp_path / "one", 1)
+    summary = judge(A, B, Endpoint(server.url, "shy"), TEMPLATE, tmp_path / "all", 1)
+    assert (summary["replies_without_verdict"], summary["pairs_left_out"], summary["pairs"]) == (1, 1, 5)
+    assert [summary[name] for name in ("wins", "ties", "losses")] == [1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ("Both fine.\nVerdict: [[1]]", "1"),
+        ("**Verdict: [[2]]**\n\n", "2"),
+        ("verdict: [[TIE]].", "tie"),
+        ("It is [[1]], [[2]] or [[tie]].\n[[2]]", "2"),
+        ("[[Solution 1]]", "1"),
+        ("Verdict: 2", "2"),
+        ("<think>Verdict: [[1]]</think>\nVerdict: [[2]]", "2"),
+        ("<think>Verdict: [[1]]</think>", None),
+        ("[[1]]\nbecause it is better", None),
+        ("Verdict: [[1]] or [[2]]", None),
+        ("Verdict: [[3]]", None),
+        ("Verdict: 12", None),
+        ("", None),
+        (" \n ", None),
+    ],
+)
+def test_a_verdict_is_read_from_the_last_line_alone(reply, expected):
+    assert verdict(reply) == expected
+
+
+def test_trouble_is_retried_and_redirects_are_not_followed(server, tmp_path):
+    server.trouble = [
+        (429, {"Retry-After": "0"}, b"slow down"),
+        (503, {}, b"busy"),
+        (500, {}, b""),
+        (200, {}, b"<html>"),
+        (200, {}, b'{"choices": []}'),
+    ]
+    summary = judge(A, B, Endpoint(server.url, "rule"), TEMPLATE, tmp_path, 1)
+    assert summary["replies_without_verdict"] == 0
+    server.trouble = [(307, {"Location": "http://127.0.0.1:9/"}, b"elsewhere")]
+    with pytest.raises(ConnectionError, match="status 307"):
+        judge(A, B, Endpoint(server.url, "other"), TEMPLATE, tmp_path, 1)
+
+
+def test_a_wait_that_the_server_asks_for_is_kept_and_a_slow_one_is_asked_again(server, tmp_path):
+    server.trouble = [(429, {"Retry-After": "1"}, b"")]
+    start = time.monotonic()
+    judge(A, B, Endpoint(server.url, "rule"), TEMPLATE, tmp_path, 1)
+    assert time.monotonic() - start > 1.0
+    server.pause = 1.0
+    threading.Timer(0.5, lambda: setattr(server, "pause", 0.0)).start()
+    judge(A, B, Endpoint(server.url, "slow", timeout=0.3), TEMPLATE, tmp_path, 1)
+
+
+def test_what_was_answered_before_a_failure_is_kept(server, tmp_path):
+    endpoint = Endpoint(server.url, "rule")
+    server.answer = lambda prompt: (server.trouble.append((400, {}, b"no more")), by_rule(prompt))[1]
+    with pytest.raises(ConnectionError, match="status 400: no more"):
+        judge(A, B, endpoint, TEMPLATE, tmp_path, 1)
+    assert len(read_replies(tmp_path / "replies.jsonl")) == 1
+    server.answer, server.trouble = by_rule, []
+    judge(A, B, endpoint, TEMPLATE, tmp_path, 1)
+    assert len(server.prompts) == len(set(server.prompts)) == 8
+
+
+def test_requests_at_a_time_are_bounded(server, tmp_path):
+    server.pause = 0.05
+    judge(A, B, Endpoint(server.url, "rule"), TEMPLATE, tmp_path, 3)
+    assert server.most == 3
+
+
+def test_the_key_goes_to_the_endpoint_and_nowhere_else(server, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("JUDGE_API_KEY", KEY)
+    judge(A, B, Endpoint(server.url, "rule"), TEMPLATE, tmp_path, 1)
+    assert set(server.keys) == {f"Bearer {KEY}"}
+    server.trouble = [(401, {}, f"Incorrect API key provided: {KEY}".encode())]
+    with pytest.raises(ConnectionError, match="<key>") as raised:
+        judge(A, B, Endpoint(server.url, "other"), TEMPLATE, tmp_path, 1)
+    assert KEY not in str(raised.value) + "".join(capfd.readouterr())
+    assert not [path for path in tmp_path.iterdir() if KEY in path.read_text()]
+    monkeypatch.setenv("JUDGE_API_KEY", "two words")
+    with pytest.raises(ValueError, match="JUDGE_API_KEY holds something that is no API key"):
+        judge(A, B, Endpoint(server.url, "third"), TEMPLATE, tmp_path, 1)
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://host/v1", "http://me:secret@host/v1", "http://host/v1?k=1"])
+def test_urls_that_are_none_or_hold_a_secret_are_refused(tmp_path, url):
+    with pytest.raises(ValueError, match="endpoint"):
+        judge(A, B, Endpoint(url, "rule"), TEMPLATE, tmp_path, 1)
+
+
+def test_tables_and_templates_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no prompt in common"):
+        paired(A, table(p9=["x"]))
+    with pytest.raises(ValueError, match="Run B has several completions"):
+        paired(A, pd.concat([B, B]))
+    with pytest.raises(ValueError, match=r"lacks \$second"):
+        judge(A, B, Endpoint("http://localhost/v1", "rule"), "$problem $first", tmp_path, 1)
+    (tmp_path / "a.csv").write_text("prompt,text\n1,2\n")
+    with pytest.raises(ValueError, match="has no column completion: it has prompt, text"):
+        read_completions(tmp_path / "a.csv")
+
+
+def test_completions_without_partner_are_counted(server, tmp_path):
+    summary = judge(A, B.iloc[:3], Endpoint(server.url, "rule"), TEMPLATE, tmp_path, 1)
+    assert (summary["pairs"], summary["unpaired_completions"]) == (3, 2)
+
+
+def command(tmp_path: Path, url: str, model: str, *more: str) -> list[str]:
+    """The `cmdp judge` command, in a folder with the two tables of completions."""
+    for name, completions in (("A", A), ("B", B)):
+        completions.to_csv(tmp_path / f"{name}.csv", index=False)
+    (tmp_path / "params.yaml").write_text("threads: 1\n")
+    program = [sys.executable, "-m", "cmdp.cli", "judge", "A.csv", "B.csv"]
+    return [*program, "--endpoint", url, "--model", model, "--out", "out", *more]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+
+
+def test_a_killed_run_goes_on_with_nothing_lost_and_no_call_repeated(server, tmp_path):
+    server.pause = 0.4
+    words = command(tmp_path, server.url, "rule", "--concurrency", "1")
+    process = subprocess.Popen(words, cwd=tmp_path, env=environment())
+    replies = tmp_path / "out/replies.jsonl"
+    deadline = time.monotonic() + 60
+    while not (replies.is_file() and replies.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = read_replies(replies)
+    assert 3 <= len(kept) < 8
+    with open(replies, "a") as lines:
+        lines.write('{"key": "cut o')  # as a crash within a write would leave it
+    server.pause = 0.0
+    run = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    endpoint = Endpoint(server.url, "rule")
+    asked = Counter(digest(endpoint, prompt) for prompt in server.prompts)
+    assert len(asked) == 8
+    assert all(asked[key] == 1 for key in kept)
+    assert asked.total() <= 9  # at most the one under way when the run was killed was asked again
+    assert kept.items() <= read_replies(replies).items()
+    assert server.options[0] == {"model": "rule", "temperature": 0, "max_tokens": 512}
+    assert json.loads((tmp_path / "out/summary.json").read_text())["wins"] == 1
+
+
+def test_an_endpoint_that_is_not_there_is_said_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(judging, "BACKOFF", 0.001)
+    monkeypatch.setattr(cli, "set_up", lambda params: None)
+    monkeypatch.setattr(sys, "argv", command(tmp_path, "http://127.0.0.1:9/v1", "rule")[2:])
+    with pytest.raises(SystemExit, match=r"http://127.0.0.1:9/v1 gave .*refused.*the same command goes on") as raised:
+        cli.main()
+    assert "\n" not in str(raised.value)
+
+
+# ---- a model behind `transformers serve` ----
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_serve_available(), reason="transformers serve needs `pip install 'transformers[serving]'`")
+def test_a_local_model_judges_behind_transformers_serve(tmp_path):
+    """A random Llama whose few words are verdicts: what it says is arbitrary, but is a verdict more often than not."""
+    from cmdp.models import build_model, build_tokenizer
+
+    tokenizer = build_tokenizer(["[[1]]", "[[2]]", "[[tie]]"])
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    model = build_model(tokenizer, layers=1, hidden=16, heads=2, seed=0)
+    model.config.max_position_embeddings = 1024
+    model.generation_config.max_length = None
+    model.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(tmp_path / "judge")]
+    serve += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(serve, env=environment() | {"HF_HUB_OFFLINE": "1"}, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(0.2)
+        options = {"temperature": 0, "max_tokens": 1}
+        endpoint = Endpoint(f"http://127.0.0.1:{port}/v1", str(tmp_path / "judge"), options)
+        summary = judge(A, B, endpoint, TEMPLATE, tmp_path / "out", 2)
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+    replies = read_replies(tmp_path / "out/replies.jsonl")
+    assert len(replies) == 8
+    assert {verdict(reply) for reply in replies.values()} & {"1", "2", "tie"}
+    assert summary["pairs"] == 5
+    assert judge(A, B, endpoint, TEMPLATE, tmp_path / "out", 2) == summary  # from disk: the server has gone
