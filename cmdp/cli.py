@@ -6,39 +6,22 @@ again after an interruption, go on from the last.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import yaml
 
-from cmdp.storage import checkpoint_folder, provenance, whole, write_json, write_table, write_text
+from cmdp import runs
+from cmdp.runs import steps_to, write_log, write_measures
+from cmdp.storage import checkpoint_folder, provenance, whole, write_table, write_text
 
 CHOSEN = Path("tuning/chosen.yaml")
 DATA, MODELS, RESULTS, FIGURES = (Path(name) for name in ("data", "models", "results", "figures"))
-LOGGED = (  # columns of a training log that depend on nothing but the seed; the rest are times
-    "step",
-    "task_reward",
-    "modified_reward",
-    "csr",
-    "cost/mean",
-    "cost/q50",
-    "cost/q90",
-    "kl_per_token",
-    "remaining_budget",
-    "over_budget_tokens",
-    "entropy",
-    "completions/mean_length",
-    "loss/policy",
-    "loss/single_step",
-    "grad_norm",
-)
 
 
 def data(params: dict, _: argparse.Namespace) -> None:
@@ -95,10 +78,7 @@ def train(params: dict, arguments: argparse.Namespace) -> None:
             log = methods.train(
                 method, student, teacher, tokenizer, problems, task.is_correct, checkpoints, resume, settings
             )
-    log = pd.DataFrame([entry for entry in log if "csr" in entry])
-    times = [column for column in log if column.startswith("time/")]
-    write_table(log.reindex(columns=LOGGED), RESULTS / "training" / f"{name}.csv")
-    write_table(log.reindex(columns=["step", *times]), MODELS / "timing" / f"{name}.csv")
+    write_log(log, RESULTS, MODELS / "timing", name)
     with whole(MODELS / "runs" / name) as folder:
         student.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -125,31 +105,12 @@ def evaluate(params: dict, arguments: argparse.Namespace) -> None:
         params["evaluate"]["batch_size"],
         arguments.seed,
     )
-    for table, folder in ((completions, "runs"), (positions, "positions")):
-        table.insert(0, "run", arguments.run)
-        table.insert(1, "seed", arguments.seed)
-        write_table(table, RESULTS / folder / f"{name}.csv")
+    write_measures(completions, positions, RESULTS, arguments.run, arguments.seed)
 
 
 def collect(params: dict, _: argparse.Namespace) -> None:
     """Gather all runs: summary, metrics, training curves, times, provenance."""
-    from cmdp.statistics import summarise
-
-    budget, form = params["budget"]["budget"], params["budget"]["budget_form"]
-    completions = gather(RESULTS / "runs", params)
-    summary = summarise(completions, budget, form)
-    write_table(summary, RESULTS / "summary.csv")
-    nested = {
-        run: {row.measure: round(row.mean, 4) for row in group.itertuples()}
-        for run, group in summary.groupby("run", sort=False)
-    }
-    write_json(nested, RESULTS / "metrics.json")
-    write_table(gather(RESULTS / "training", params), RESULTS / "curves.csv")
-    write_table(gather(RESULTS / "positions", params), RESULTS / "positions.csv")
-    times = gather(MODELS / "timing", params)
-    times = times.groupby("run", sort=False).median(numeric_only=True).drop(columns=["seed", "step"])
-    write_table(times.reset_index(), RESULTS / "timing.csv")
-    write_json(provenance(), RESULTS / "provenance.json")
+    runs.collect(params, RESULTS, MODELS / "timing")
 
 
 def figures(params: dict, arguments: argparse.Namespace) -> None:
@@ -290,27 +251,6 @@ def notebook(params: dict, arguments: argparse.Namespace) -> None:
     unfinished.replace(target)
 
 
-@contextlib.contextmanager
-def steps_to(path: Path) -> Iterator[None]:
-    """Send what a trainer prints, a line a step, to a file beside its checkpoints: `tail -f` follows it."""
-    print(f"Training: its steps are printed to {path}", flush=True)
-    with open(path, "a", encoding="utf-8") as lines, contextlib.redirect_stdout(lines):
-        yield
-
-
-def gather(folder: Path, params: dict) -> pd.DataFrame:
-    """The tables of all runs and seeds in `folder`, one after the other, with columns `run` and `seed`."""
-    tables = []
-    for run in params["methods"]:
-        for seed in params["seeds"]:
-            table = pd.read_csv(folder / f"{run}-{seed}.csv")
-            if "run" not in table:
-                table.insert(0, "run", run)
-                table.insert(1, "seed", seed)
-            tables.append(table)
-    return pd.concat([table for table in tables if len(table)], ignore_index=True)
-
-
 def read_params(path: Path, overlay: Path | None = None) -> dict:
     """The parameters of `path`; where `overlay` is given, what it sets takes their place, key by key."""
 
@@ -336,7 +276,7 @@ def main() -> None:
     parser.add_argument("--overlay", type=Path, help="a profile, laid over the parameters")
     commands = parser.add_subparsers(required=True, metavar="command")
     of_the_pipeline = (data, supervised, train, evaluate, collect, theory, figures, notebook)
-    for stage in (*of_the_pipeline, trial, choose, table, benchmark, export, judge, overlay):
+    for stage in (*of_the_pipeline, memory, trial, choose, table, benchmark, export, judge, overlay):
         command = commands.add_parser(stage.__name__, help=stage.__doc__)
         command.set_defaults(stage=stage)
         if stage is supervised:
@@ -359,11 +299,22 @@ def main() -> None:
             command.add_argument("--options", default='{"temperature": 0, "max_tokens": 512}', help="of each request")
             command.add_argument("--timeout", type=float, default=120.0, help="seconds a request may take")
             command.add_argument("--concurrency", type=int, default=4, help="requests at a time")
-        if stage in (train, evaluate, trial):
+        if stage is trial:
             command.add_argument("run", help="a method, with its variant: gkd-grpo-weak")
-            command.add_argument("index" if stage is trial else "seed", type=int)
+            command.add_argument("index", type=int)
+        if stage in (data, train, evaluate, collect, memory):
+            command.add_argument("--config", type=Path, help="a profile of real models, instead of the parameters")
+            words = "section.field=value: with --config, what the profile is to say instead"
+            if stage in (train, evaluate):
+                words = "RUN (a method, with its variant: gkd-grpo-weak), SEED; " + words
+            command.add_argument("words", nargs="*", help=words)
     arguments = parser.parse_args()
     try:
+        if getattr(arguments, "config", None):
+            run_profile(arguments)
+            return
+        if hasattr(arguments, "words"):
+            read_words(arguments)
         params = read_params(arguments.params, arguments.overlay)
         set_up(params)
         arguments.stage(params, arguments)
@@ -372,6 +323,30 @@ def main() -> None:
             raise
         message = f"the parameters have no {error}" if isinstance(error, KeyError) else error
         sys.exit(f"cmdp {arguments.stage.__name__}: {message} (CMDP_TRACEBACK=1 shows where)")
+
+
+def memory(params: dict, _: argparse.Namespace) -> None:
+    """Sum up what training a profile's models takes in memory, from their configurations alone."""
+    raise ValueError("this is for real models: name a profile, --config profiles/laptop.yaml.")
+
+
+def run_profile(arguments: argparse.Namespace) -> None:
+    """Run the stage for a profile of real models, which may be downloaded unless HF_HUB_OFFLINE forbids it."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' own, to one another
+    from cmdp import profile
+
+    profile.run(arguments.stage.__name__, arguments.config, arguments.words)
+
+
+def read_words(arguments: argparse.Namespace) -> None:
+    """RUN and SEED of a stage of the default experiment."""
+    if arguments.stage in (train, evaluate):
+        if len(arguments.words) != 2 or not arguments.words[1].isdecimal():
+            raise ValueError("name a RUN and a SEED, such as `cmdp 0`, or with --config a profile.")
+        arguments.run, arguments.seed = arguments.words[0], int(arguments.words[1])
+    elif arguments.words:
+        raise ValueError(f"{arguments.words[0]!r} goes with --config only.")
 
 
 def set_up(params: dict) -> None:

@@ -72,7 +72,7 @@ def evaluate(
                 padding = max_completion_length - mask.shape[1]
                 total = cumulative_cost(cost, mask)
                 total = torch.cat([total, total[:, -1:].expand(-1, padding)], dim=1)
-                curves.append((total, length))
+                curves.append((total.cpu(), length.cpu()))
     return pd.DataFrame(rows), _positions(curves)
 
 

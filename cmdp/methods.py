@@ -47,7 +47,7 @@ def train(
         is_correct: the task reward, `(completion, answer) -> bool`.
         checkpoints: where the trainer keeps its checkpoints.
         resume: go on from the last of them.
-        settings: fields of `CMDPConfig`; the method's own take precedence.
+        settings: fields of `CMDPConfig`, over the defaults below; the method's own take precedence.
 
     Returns:
         The log: a dict a step.
@@ -60,16 +60,14 @@ def train(
     def task_reward(completions: list[str], answer: list[str], **_) -> list[float]:
         return [float(is_correct(completion, right)) for completion, right in zip(completions, answer, strict=True)]
 
-    args = CMDPConfig(
-        output_dir=str(checkpoints),
-        gradient_checkpointing=False,
-        bf16=False,
-        report_to=[],
-        disable_tqdm=True,
-        **{**settings, **METHODS[method]},
-    )
+    defaults = {"gradient_checkpointing": False, "bf16": False, "report_to": [], "disable_tqdm": True}
+    args = CMDPConfig(output_dir=str(checkpoints), **{**defaults, **settings, **METHODS[method]})
     trainer = CMDPTrainer(
         student, teacher, task_reward, args, train_dataset=Dataset.from_list(problems), processing_class=tokenizer
     )
+    if args.fp16:  # its gradient scaler takes no bfloat16, in which TRL holds the adapter of a 4-bit student
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     trainer.train(resume_from_checkpoint=resume)
     return trainer.state.log_history

@@ -1,13 +1,19 @@
-"""Students, teachers and their tokenizer: made small for the default experiment, or loaded from a local directory.
+"""Students, teachers and their tokenizer: made small for the default experiment, or loaded from the Hub, a local folder
+or a GGUF file; with LoRA, in 4 bits, or with one copy of the base weights for both.
 
-Weights are read and written as safetensors only, and no code that a model brings along is ever run.
+Weights are read and written as safetensors (or read as GGUF) only, and no code that a model brings along is ever run.
+What the Hub is asked for follows HF_HUB_OFFLINE.
 """
 
+import copy
+import os
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -47,27 +53,247 @@ def build_model(tokenizer: PreTrainedTokenizerBase, layers: int, hidden: int, he
     )
 
 
+LORA = {"r": 16, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear"}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Where a role's model comes from and how it is loaded.
+
+    Attributes:
+        model: a Hub id, a local folder, or a GGUF file.
+        gguf_file: the file's name, where `model` is the Hub id or folder that holds it.
+        adapter: a PEFT adapter, by Hub id or folder: the teacher's, frozen, or what the student's training starts from.
+        revision: the commit, branch or tag of a Hub id.
+        four_bit: hold the weights as 4-bit nf4 with double quantisation.
+        lora: train a LoRA adapter in place of all weights; `LORA`'s keys, whose values are the defaults.
+    """
+
+    model: str
+    gguf_file: str | None = None
+    adapter: str | None = None
+    revision: str | None = None
+    four_bit: bool = False
+    lora: dict | None = None
+
+    @property
+    def base(self) -> tuple:
+        """What two specs share if they are the same weights, held in the same way."""
+        return self.model, self.gguf_file, self.revision, self.four_bit
+
+    @property
+    def trains_adapter(self) -> bool:
+        return self.lora is not None or self.adapter is not None
+
+    def where(self) -> dict:
+        """The arguments of `from_pretrained` that say which files."""
+        model, gguf_file = str(self.model), self.gguf_file
+        if gguf_file is None and model.endswith(".gguf"):
+            model, gguf_file = str(Path(model).parent), Path(model).name
+        named = {"gguf_file": gguf_file} if gguf_file else {}
+        if not Path(model).is_dir():  # a Hub id
+            named["revision"] = self.revision
+        return {"pretrained_model_name_or_path": model, "local_files_only": offline(), **named}
+
+
+def model_spec(settings: dict, role: str) -> ModelSpec:
+    """The spec that a parameter file's `student` or `teacher` section states.
+
+    Raises:
+        ValueError: an unknown or missing key, or settings that do not go together.
+    """
+    known = [entry.name for entry in fields(ModelSpec)]
+    for name, given, allowed in ((role, settings, known), (f"{role}.lora", settings.get("lora") or {}, [*LORA])):
+        if unknown := sorted(set(given) - set(allowed)):
+            raise ValueError(f"{name} knows no {', '.join(unknown)}: its keys are {', '.join(allowed)}.")
+    if not settings.get("model"):
+        raise ValueError(f"{role}.model is missing: a Hub id, a local folder or a GGUF file.")
+    spec = ModelSpec(**settings)
+    if spec.four_bit and "gguf_file" in spec.where():
+        raise ValueError(
+            f"{role}: a GGUF file cannot be held in 4 bits: leave out four_bit, or name unquantised weights."
+        )
+    if spec.lora is not None and (spec.adapter or role == "teacher"):
+        raise ValueError(f"{role}.lora makes a new adapter to train: it goes with the student, and without `adapter`.")
+    if role == "student" and spec.four_bit and not spec.trains_adapter:
+        raise ValueError("student.four_bit needs student.lora: 4-bit weights cannot themselves be trained.")
+    return spec
+
+
+def offline() -> bool:
+    """Whether HF_HUB_OFFLINE forbids the network."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def pick_device(use_cpu: bool = False) -> torch.device:
+    """This process's GPU, if there is one and `use_cpu` does not forbid it."""
+    if use_cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def pick_dtype(device: torch.device) -> torch.dtype:
+    """The dtype that `device` computes in: bfloat16 where it has it in hardware, else float16 (a T4); float32 on CPU."""
+    if device.type != "cuda":
+        return torch.float32
+    # `is_bf16_supported` says yes for a T4, which emulates it, slowly
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
 def load_model(path: str | Path) -> PreTrainedModel:
     """The causal language model saved at `path`. Raises `FileNotFoundError` where there is none."""
     _check(path)
     return AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, local_files_only=True)
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer saved at `path`, padding on the left as generation needs."""
-    _check(path)
-    return AutoTokenizer.from_pretrained(path, padding_side="left", local_files_only=True)
+def load_base(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The weights that `spec` names, in `dtype` or 4 bits, without its adapter."""
+    options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+    if spec.four_bit:
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    where = spec.where()
+    if "gguf_file" in where:
+        return _load_gguf(where, dtype).to(device)
+    # several processes without 4 bits may be FSDP's or DeepSpeed's, which place the weights themselves
+    if spec.four_bit or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        options["device_map"] = {"": device}
+    return _found(spec, AutoModelForCausalLM.from_pretrained, **where, **options)
 
 
-def load_pair(student: str | Path, teacher: str | Path) -> tuple:
-    """(student, teacher, tokenizer). Raises `ValueError` unless both have the same tokenizer."""
+def load_config(spec: ModelSpec):
+    """The configuration of the model that `spec` names; no weights are read."""
+    return _found(spec, AutoConfig.from_pretrained, **spec.where(), trust_remote_code=False)
+
+
+def load_tokenizer(source: str | Path | ModelSpec) -> PreTrainedTokenizerBase:
+    """The tokenizer at a local path, or of a spec's model, padding on the left as generation needs."""
+    if not isinstance(source, ModelSpec):
+        _check(source)
+        return AutoTokenizer.from_pretrained(source, padding_side="left", local_files_only=True)
+    where = source.where()
+    tokenizer = _found(source, AutoTokenizer.from_pretrained, **where, padding_side="left", trust_remote_code=False)
+    if tokenizer.pad_token is None:  # Llama's
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def shared_tokenizer(student: str | Path | ModelSpec, teacher: str | Path | ModelSpec) -> PreTrainedTokenizerBase:
+    """The student's tokenizer. Raises `ValueError` unless the teacher's has the same ids; no weights are read."""
     tokenizer, other = load_tokenizer(student), load_tokenizer(teacher)
-    if tokenizer.get_vocab() != other.get_vocab():
+    if _vocabulary(tokenizer) != _vocabulary(other):
+        at = [source.model if isinstance(source, ModelSpec) else source for source in (student, teacher)]
         raise ValueError(
-            f"The student at {student} and the teacher at {teacher} have different vocabularies, so no divergence "
+            f"The student at {at[0]} and the teacher at {at[1]} have different vocabularies, so no divergence "
             "between them is defined: choose a teacher from the student's family."
         )
-    return load_model(student), load_model(teacher), tokenizer
+    return tokenizer
+
+
+def load_pair(student: str | Path | ModelSpec, teacher: str | Path | ModelSpec, use_cpu: bool = False) -> tuple:
+    """(student, teacher, tokenizer), from local paths, or from specs, ready to train.
+
+    A student that trains an adapter is a `PeftModel`; one that does not is loaded in float32, which its optimiser needs.
+    A teacher of the same base as such a student's, with an adapter or without (an anchor: the student before training),
+    uses the student's copy of the base weights. The teacher is always an ordinary transformers model.
+
+    Raises:
+        ValueError: they have different tokenizers (before any weights are read).
+        FileNotFoundError: there is no such model.
+    """
+    tokenizer = shared_tokenizer(student, teacher)
+    if not isinstance(student, ModelSpec):
+        return load_model(student), load_model(teacher), tokenizer
+    from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
+
+    device = pick_device(use_cpu)
+    dtype = pick_dtype(device)
+    model = load_base(student, dtype if student.trains_adapter else torch.float32, device)
+    if student.four_bit:  # freezes the base and holds norms and head in float32
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    shared = student.trains_adapter and student.base == teacher.base
+    other = same_weights(model) if shared else load_base(teacher, dtype, device)
+    if teacher.adapter:
+        other = PeftModel.from_pretrained(other, _adapter(teacher.adapter), local_files_only=offline()).get_base_model()
+    if student.adapter:
+        model = PeftModel.from_pretrained(
+            model, _adapter(student.adapter), is_trainable=True, local_files_only=offline()
+        )
+    elif student.lora is not None:
+        lora = LORA | student.lora
+        config = LoraConfig(
+            r=lora["r"],
+            lora_alpha=lora["alpha"],
+            lora_dropout=lora["dropout"],
+            target_modules=lora["target_modules"],
+            task_type=TaskType.CAUSAL_LM,
+        )
+        model = get_peft_model(model, config)
+    return model, other.requires_grad_(False).eval(), tokenizer
+
+
+def same_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A second model on the very weights of `model`: its modules are its own, so that an adapter, a patched forward or a
+    mode put on one does not touch the other; its parameters and buffers are not copied."""
+    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    states = [vars(module)["quant_state"] for module in model.modules() if "quant_state" in vars(module)]
+    return copy.deepcopy(model, memo | {id(state): state for state in states})  # of 4-bit layers
+
+
+def _load_gguf(where: dict, dtype: torch.dtype) -> PreTrainedModel:
+    """The dense model that a GGUF file holds, as an ordinary one: nothing in it says that it was ever packed."""
+    import transformers
+
+    options = {}
+    if hasattr(transformers, "GgufConfig"):  # earlier releases unpack the weights without being told to
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(**where, **options, dtype=dtype)
+    except ImportError as error:
+        raise ValueError("Reading a GGUF file needs the package gguf: `pip install gguf`.") from error
+    config = copy.deepcopy(loaded.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.load_state_dict(loaded.state_dict(), strict=False, assign=True)
+    model.tie_weights()
+    buffers = dict(loaded.named_buffers())  # those that a state dict leaves out
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, buffers[name])
+    model.generation_config = loaded.generation_config
+    return model
+
+
+def _found(spec: ModelSpec, load, **options):
+    """`load(**options)`, with one line for a model that is not there."""
+    try:
+        return load(**options)
+    except OSError as error:
+        hint = "HF_HUB_OFFLINE is set: unset it to download it" if offline() else str(error).partition("\n")[0]
+        raise FileNotFoundError(f"There is no local folder {spec.model}, nor a model of this name: {hint}.") from error
+
+
+def _adapter(source: str) -> str:
+    """`source`, a Hub id or folder. Raises unless the folder holds an adapter as safetensors."""
+    if Path(source).is_dir() and not (Path(source) / "adapter_model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"There is no adapter_model.safetensors in {source}: name the folder of a PEFT adapter."
+        )
+    return source
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Tokens and ids, without the fillers that llama.cpp writes into a GGUF up to the rows of the model's head."""
+    return {token: index for token, index in tokenizer.get_vocab().items() if token != f"[PAD{index}]"}
 
 
 def _check(path: str | Path) -> None:

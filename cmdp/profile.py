@@ -1,0 +1,283 @@
+"""Experiments on real models: a profile is one parameter file, of which `cmdp` runs any stage.
+
+    cmdp memory --config profiles/colab.yaml
+    cmdp data --config profiles/colab.yaml
+    cmdp train --config profiles/colab.yaml [RUN] [SEED] [section.field=value ...]
+    cmdp evaluate --config profiles/colab.yaml [RUN] [SEED] [section.field=value ...]
+    cmdp collect --config profiles/colab.yaml
+
+Without RUN and SEED a stage goes through all of the profile's. What is finished is not done again, and what was
+interrupted goes on from its last checkpoint. The profile NAME.yaml keeps its files in data/NAME, models/NAME and
+results/NAME.
+"""
+
+import copy
+import dataclasses
+import gc
+import inspect
+import json
+import shutil
+from pathlib import Path
+
+import yaml
+
+from cmdp import runs
+from cmdp.memory import check_memory, memory_sum
+from cmdp.methods import method_of
+from cmdp.models import ModelSpec, model_spec, pick_device, pick_dtype, shared_tokenizer
+from cmdp.storage import checkpoint_folder, whole
+from cmdp.tasks import load_task, read_problems
+
+SECTIONS = ("task", "student", "teacher", "budget", "train", "methods", "runs", "seeds", "evaluate")
+
+
+def run(stage: str, path: Path, words: list[str]) -> None:
+    """Run a stage of the profile at `path`; `words` are what the command line says after it.
+
+    Raises:
+        ValueError: the profile or the words say something that has no meaning; one line.
+    """
+    overrides = [word for word in words if "=" in word]
+    names = [word for word in words if "=" not in word]
+    profile = read(path, overrides)
+    if stage in ("data", "collect", "memory"):
+        if names:
+            raise ValueError(f"cmdp {stage} --config takes no {names[0]!r}, only section.field=value.")
+        return {"data": data, "collect": collect, "memory": memory}[stage](profile)
+    if len(names) > 2 or (len(names) == 2 and not names[1].isdecimal()):
+        raise ValueError(f"After the profile come a run and a seed, not {' '.join(names)!r}.")
+    for name in names[:1] or profile["methods"]:
+        for seed in [int(names[1])] if len(names) == 2 else profile["seeds"]:
+            {"train": train, "evaluate": evaluate}[stage](profile, name, seed)
+            _free()
+
+
+def read(path: Path, overrides: list[str]) -> dict:
+    """The profile at `path` with `overrides` ("section.field=value", the value as YAML), checked, and its `name`.
+
+    Raises:
+        ValueError: a section or field that there is not.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no profile at {path}.")
+    profile = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for override in overrides:
+        keys, _, value = override.partition("=")
+        *above, field = keys.split(".")
+        section = profile
+        for key in above:
+            if section is not profile and section.get(key) is None:
+                section[key] = {}
+            section = section.get(key)
+            if not isinstance(section, dict):
+                raise ValueError(f"{keys} names no field of {path}: its sections are {', '.join(SECTIONS)}.")
+        section[field] = yaml.safe_load(value)
+    if wrong := [*set(SECTIONS) - set(profile), *set(profile) - set(SECTIONS)]:
+        raise ValueError(f"{path}: a profile has the sections {', '.join(SECTIONS)}; {wrong[0]!r} is wrong or missing.")
+    specs(profile)
+    known = _config_fields()
+    for name, settings in (("train", profile["train"]), ("budget", profile["budget"]), *profile["runs"].items()):
+        if unknown := sorted(set(settings or {}) - known):
+            raise ValueError(f"{name}.{unknown[0]} is no field of CMDPConfig.")
+    for name in profile["methods"]:
+        method_of(name)
+    return profile | {"name": path.stem}
+
+
+def specs(profile: dict) -> tuple[ModelSpec, ModelSpec]:
+    """The specs of the profile's student and teacher."""
+    return tuple(model_spec(profile[role], role) for role in ("student", "teacher"))
+
+
+def data(profile: dict) -> None:
+    """Read or draw the problems, once: data/NAME/SPLIT.jsonl."""
+    settings = {key: value for key, value in profile["task"].items() if key not in ("name", "prompt_length")}
+    splits = load_task(profile["task"]["name"]).problems(**settings)
+    with whole(Path("data", profile["name"])) as folder:
+        for name, rows in splits.items():
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def memory(profile: dict) -> None:
+    """Print what training takes, and raise if the machine has less."""
+    device = pick_device(profile["train"].get("use_cpu", False))
+    tokenizer = shared_tokenizer(*specs(profile))
+    settings = _train_settings(profile, None, None)
+    longest = profile["task"]["prompt_length"]
+    items = memory_sum(*specs(profile), settings, longest, len(tokenizer), device, pick_dtype(device))
+    check_memory(items, device)
+
+
+def train(profile: dict, run: str, seed: int) -> None:
+    """Distil the student by one run's method and seed, into models/NAME/RUN-SEED: its adapter, where it trains one."""
+    from cmdp import methods
+    from cmdp.models import load_pair
+
+    method, name = method_of(run), f"{run}-{seed}"
+    settings = _train_settings(profile, run, seed)
+    target = Path("models", profile["name"], name)
+    problems_file = Path("data", profile["name"], "train.jsonl")
+    problems = read_problems(problems_file)
+    student, teacher = specs(profile)
+    made_by = {"method": method, "settings": settings, "models": _content(student) + _content(teacher)}
+    checkpoints, resume = checkpoint_folder(f"{profile['name']}/{name}", made_by, [problems_file])
+    if _finished(checkpoints, target):
+        print(f"{target} is finished.")
+        return
+    device = pick_device(settings.get("use_cpu", False))
+    tokenizer = shared_tokenizer(student, teacher)
+    longest = profile["task"]["prompt_length"]
+    check_memory(memory_sum(student, teacher, settings, longest, len(tokenizer), device, pick_dtype(device)), device)
+    student, teacher, tokenizer = load_pair(student, teacher, settings.get("use_cpu", False))
+    log = []
+    if method != "sft":
+        task = load_task(profile["task"]["name"])
+        problems = with_prompts(problems, task, tokenizer, profile["task"]["prompt_length"])
+        with runs.steps_to(checkpoints / "steps.txt"):
+            log = methods.train(
+                method,
+                student,
+                teacher,
+                _plain(tokenizer),
+                problems,
+                task.is_correct,
+                checkpoints,
+                resume,
+                {**_precision(device), **settings},
+            )
+    runs.write_log(log, Path("results", profile["name"]), Path("models", profile["name"], "timing"), name)
+    with whole(target) as folder:
+        student.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    _finish(checkpoints)
+
+
+def evaluate(profile: dict, run: str, seed: int) -> None:
+    """Measure one run on held-out problems, into results/NAME."""
+    import torch
+
+    from cmdp.evaluation import evaluate as measure
+    from cmdp.models import load_pair
+
+    settings = profile["evaluate"]
+    name = f"{run}-{seed}"
+    trained, results = Path("models", profile["name"], name), Path("results", profile["name"])
+    if not trained.is_dir():
+        raise FileNotFoundError(f"There is no trained student at {trained}: run `cmdp train --config` first.")
+    student, teacher = specs(profile)
+    if student.trains_adapter:
+        student = dataclasses.replace(student, adapter=str(trained), lora=None)
+    else:
+        student = ModelSpec(str(trained))
+    problems_file = Path("data", profile["name"], f"{settings['split']}.jsonl")
+    problems = read_problems(problems_file)[: settings["prompts"]]
+    limit = profile["train"]["max_completion_length"]
+    made_by = {"settings": settings, "limit": limit, "seed": seed, "models": _content(student) + _content(teacher)}
+    inputs = [problems_file, *trained.glob("*.safetensors")]
+    mark, _ = checkpoint_folder(f"{profile['name']}/{name}-evaluate", made_by, inputs)
+    if _finished(mark, results / "runs" / f"{name}.csv"):
+        print(f"{results / 'runs' / name}.csv is finished.")
+        return
+    use_cpu = profile["train"].get("use_cpu", False)
+    device = pick_device(use_cpu)
+    student, teacher, tokenizer = load_pair(student, teacher, use_cpu)
+    task = load_task(profile["task"]["name"])
+    # as in training: float32 weights compute in the device's dtype
+    with torch.autocast(device.type, pick_dtype(device), enabled=device.type == "cuda"):
+        completions, positions = measure(
+            student.get_base_model() if hasattr(student, "get_base_model") else student,
+            teacher,
+            tokenizer,
+            task,
+            with_prompts(problems, task, tokenizer, profile["task"]["prompt_length"]),
+            settings["samples"],
+            limit,
+            settings["batch_size"],
+            seed,
+        )
+    runs.write_measures(completions, positions, results, run, seed)
+    _finish(mark)
+
+
+def collect(profile: dict) -> None:
+    """Gather all runs and seeds into results/NAME: summary, metrics, curves, times, provenance."""
+    runs.collect(profile, Path("results", profile["name"]), Path("models", profile["name"], "timing"))
+
+
+def with_prompts(problems: list[dict], task, tokenizer, longest: int) -> list[dict]:
+    """The problems with `prompt` as the model reads it, special tokens included, less those over `longest` tokens."""
+    prompts = [row["prompt"] for row in problems]
+    if "tokenizer" in inspect.signature(task.render).parameters:
+        prompts = [task.render(tokenizer, prompt) for prompt in prompts]
+    start = tokenizer.bos_token or ""
+    if start and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:  # it starts every text
+        prompts = [prompt if prompt.startswith(start) else start + prompt for prompt in prompts]
+    lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False).input_ids]
+    kept = [
+        row | {"prompt": prompt}
+        for row, prompt, length in zip(problems, prompts, lengths, strict=True)
+        if length <= longest
+    ]
+    if len(kept) < len(problems):
+        print(f"{len(problems) - len(kept)} of {len(problems)} problems are left out: over {longest} tokens.")
+    if not kept:
+        raise ValueError(f"No problem has {longest} tokens or fewer: raise task.prompt_length.")
+    return kept
+
+
+def _plain(tokenizer):
+    """A copy that adds no special tokens to a text, since prompts bring them along: TRL tokenises without saying so."""
+    tokenizer = copy.deepcopy(tokenizer)
+    if tokenizer("a").input_ids != tokenizer("a", add_special_tokens=False).input_ids:
+        tokenizer.backend_tokenizer.post_processor = None
+    return tokenizer
+
+
+def _train_settings(profile: dict, run: str | None, seed: int | None) -> dict:
+    """What the profile sets of `CMDPConfig`, for one run and seed."""
+    own = (profile["runs"] or {}).get(run) or {}
+    return {**profile["train"], **profile["budget"], **own, **({} if seed is None else {"seed": seed})}
+
+
+def _precision(device) -> dict[str, bool]:
+    """The trainer's flags for the dtype that `device` computes in."""
+    dtype = str(pick_dtype(device))
+    return {"bf16": dtype == "torch.bfloat16", "fp16": dtype == "torch.float16"}
+
+
+def _config_fields() -> set[str]:
+    from cmdp.trainer import CMDPConfig
+
+    return {field.name for field in dataclasses.fields(CMDPConfig)} - {"output_dir", "seed"}
+
+
+def _content(spec: ModelSpec) -> list:
+    """What tells one model from another: its spec, and the sizes and dates of its files where they are local."""
+    files = [
+        [str(path), path.stat().st_size, path.stat().st_mtime]
+        for source in (spec.model, spec.adapter or "")
+        if source and Path(source).exists()
+        for path in sorted(Path(source).glob("*.*") if Path(source).is_dir() else [Path(source)])
+    ]
+    return [dataclasses.asdict(spec), files]
+
+
+def _finished(checkpoints: Path, output: Path) -> bool:
+    return (checkpoints / "finished.txt").is_file() and output.exists()
+
+
+def _finish(checkpoints: Path) -> None:
+    """Drop the checkpoints, and leave word that what they were for is there."""
+    for path in checkpoints.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    (checkpoints / "finished.txt").write_text("Its outputs are written.\n")
+
+
+def _free() -> None:
+    """Give the memory of a run back before the next."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,84 @@
+"""What a run leaves behind, wherever its models come from: the log of its training, the tables of its evaluation, and
+all runs gathered."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+
+from cmdp.storage import provenance, write_json, write_table
+
+LOGGED = (  # columns of a training log that depend on nothing but the seed; the rest are times
+    "step",
+    "task_reward",
+    "modified_reward",
+    "csr",
+    "cost/mean",
+    "cost/q50",
+    "cost/q90",
+    "kl_per_token",
+    "remaining_budget",
+    "over_budget_tokens",
+    "entropy",
+    "completions/mean_length",
+    "loss/policy",
+    "loss/single_step",
+    "grad_norm",
+)
+
+
+@contextlib.contextmanager
+def steps_to(path: Path) -> Iterator[None]:
+    """Send what a trainer prints, a line a step, to a file beside its checkpoints: `tail -f` follows it."""
+    print(f"Training: its steps are printed to {path}", flush=True)
+    with open(path, "a", encoding="utf-8") as lines, contextlib.redirect_stdout(lines):
+        yield
+
+
+def write_log(log: list[dict], results: Path, timing: Path, name: str) -> None:
+    """Write a training log: what the seed decides under `results`/training, the times under `timing`."""
+    table = pd.DataFrame([entry for entry in log if "csr" in entry])
+    times = [column for column in table if column.startswith("time/")]
+    write_table(table.reindex(columns=LOGGED), results / "training" / f"{name}.csv")
+    write_table(table.reindex(columns=["step", *times]), timing / f"{name}.csv")
+
+
+def write_measures(completions: pd.DataFrame, positions: pd.DataFrame, results: Path, run: str, seed: int) -> None:
+    """Write the two tables of an evaluation under `results`/runs and `results`/positions."""
+    for table, folder in ((completions, "runs"), (positions, "positions")):
+        table.insert(0, "run", run)
+        table.insert(1, "seed", seed)
+        write_table(table, results / folder / f"{run}-{seed}.csv")
+
+
+def gather(folder: Path, params: dict) -> pd.DataFrame:
+    """The tables of all runs and seeds in `folder`, one after the other, with columns `run` and `seed`."""
+    tables = []
+    for run in params["methods"]:
+        for seed in params["seeds"]:
+            table = pd.read_csv(folder / f"{run}-{seed}.csv")
+            if "run" not in table:
+                table.insert(0, "run", run)
+                table.insert(1, "seed", seed)
+            tables.append(table)
+    return pd.concat([table for table in tables if len(table)], ignore_index=True)
+
+
+def collect(params: dict, results: Path, timing: Path) -> None:
+    """Gather all runs of `params` into `results`: summary, metrics, training curves, times, provenance."""
+    from cmdp.statistics import summarise
+
+    summary = summarise(gather(results / "runs", params), params["budget"]["budget"], params["budget"]["budget_form"])
+    write_table(summary, results / "summary.csv")
+    nested = {
+        run: {row.measure: round(row.mean, 4) for row in group.itertuples()}
+        for run, group in summary.groupby("run", sort=False)
+    }
+    write_json(nested, results / "metrics.json")
+    write_table(gather(results / "training", params), results / "curves.csv")
+    write_table(gather(results / "positions", params), results / "positions.csv")
+    times = gather(timing, params)
+    times = times.groupby("run", sort=False).median(numeric_only=True).drop(columns=["seed", "step"])
+    write_table(times.reset_index(), results / "timing.csv")
+    write_json(provenance(), results / "provenance.json")
