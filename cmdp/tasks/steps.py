@@ -159,11 +159,17 @@ def _left(segment: list[_Token]) -> tuple[list[_Token], bool] | None:
             continue
         if _continues(phrase, i):
             return None
-        if token.text == "-" and (before and before.end == token.start or token.end != phrase[i + 1 : i + 2][0].start):
-            continue  # a dash, or minus after a word: "the rest - 5"
+        if token.text == "-" and not _is_sign(phrase, i):
+            continue
         if _value(phrase[i:]) is not None:
             return phrase[i:], len(phrase[i:]) == len(segment)
     return None
+
+
+def _is_sign(tokens: list[_Token], i: int) -> bool:
+    """Whether the minus at `i` begins a number: it touches what follows it, and not what it follows."""
+    touches_next = i + 1 < len(tokens) and tokens[i].end == tokens[i + 1].start
+    return touches_next and not (i and tokens[i - 1].end == tokens[i].start)
 
 
 def _continues(phrase: list[_Token], i: int) -> bool:
