@@ -15,6 +15,7 @@ from typing import NamedTuple
 LONGEST = 20_000  # characters of a text; what is longer is not a solution
 WINDOW = 60  # tokens of an expression
 DEPTH = 20  # of parentheses
+FLOAT = Fraction(1, 10**9)  # relative error that a number printed by a program has
 LARGEST = 10**40  # a numerator or denominator beyond it is not computed
 
 
@@ -46,7 +47,8 @@ _REWRITES = [  # of LaTeX and Markdown, before the text is cut into tokens
 _SPOKEN = re.compile(r"[$0-9.,]+(?: (?:plus|minus|times|divided by) [$0-9.,]+){1,20} equals (?=[$0-9])")
 _SIGNS = {" plus ": " + ", " minus ": " - ", " times ": " * ", " divided by ": " / ", " equals ": " = "}
 _TOKEN = re.compile(
-    r"(?P<number>(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[1-9][0-9]{0,2}(?:[ \u00a0\u202f][0-9]{3})+|0|[1-9][0-9]*)"
+    r"(?P<compound>[0-9]+%?-[A-Za-z]{2,}[A-Za-z-]*)"  # 5-minute
+    r"|(?P<number>(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[1-9][0-9]{0,2}(?:[ \u00a0\u202f][0-9]{3})+|0|[1-9][0-9]*)"
     r"(?:\.[0-9]+)?(?![0-9:]|,[0-9])|(?<![0-9])\.[0-9]+)"
     r"|(?P<unread>[0-9][0-9,.:]*[0-9]|[0-9]|√)"  # 007, 16,0000, 7:30
     r"|(?P<equals>(?<![<>!=])==?(?![>=])|≈|≅)"
@@ -103,6 +105,7 @@ class _Token(NamedTuple):
 
 # Words that change the value of the number they stand by: what holds them is not judged
 _QUANTITIES = {"half", "halve", "twice", "double", "dozen", "hundred", "thousand", "million", "billion", "pi"}
+_SYMBOLS = set("amgshlL")  # an article, and units, where a space parts them from the number
 # Words that no unit has, and that end a clause
 _CLAUSES = {"because", "so", "is", "are", "was", "were", "since", "thus", "means", "then", "if", "which", "or", "and"}
 
@@ -115,6 +118,8 @@ def _tokens(line: str) -> list[_Token]:
             kind, text = "operator", "*"
         elif kind == "operator":
             text = _SAME.get(text, text)
+        elif kind == "compound":
+            kind = "word"
         elif kind == "number":
             text = re.sub(r"[,\s]", "", text)
         if kind != "currency":
@@ -189,23 +194,38 @@ def _right(segment: list[_Token], last: bool) -> tuple[list[_Token], bool] | Non
         if _value(whole) is not None:
             return whole, len(whole) == len(segment)
     words = next((i for i, token in enumerate(phrase) if token.kind in ("word", "unread")), len(phrase))
-    if words < len(phrase) and _is_variable(phrase, words):
+    if words < len(phrase) and _is_variable(phrase, words, unit=words > 0 and phrase[words - 1].text == "/"):
         return None
+    after = next((i for i in range(words, len(phrase)) if phrase[i].kind != "word"), None)
+    if words and after and after > words and phrase[after].text in ("*", "/", "+", "^") and not _is_per(phrase, after):
+        return None  # "8 bags * Y"
     if words and phrase[words - 1].kind == "operator":  # "12 / total" is no arithmetic; "12 - he" is, and a dash
-        if words == len(phrase) or phrase[words - 1].text != "-" or phrase[words].kind == "unread":
+        if not _is_per(phrase, words - 1) and (words == len(phrase) or phrase[words - 1].text != "-"):
             return None
         words -= 1
-    after = next((token for token in phrase[words:] if token.kind != "word"), None)
-    if words and after and after.text in ("*", "/", "+", "^"):  # "8 bags / Y"
-        return None
-    return (phrase[:words], words == end) if _value(phrase[:words]) is not None else None
+    for i in range(words, 0, -1):
+        if _value(phrase[:i]) is not None:
+            return (phrase[:i], i == end) if i == words or phrase[i].kind == "open" else None
+    return None
 
 
-def _is_variable(tokens: list[_Token], i: int) -> bool:
-    """Whether the word is a quantity or a part of one: "5x", "3 million"."""
+def _is_per(tokens: list[_Token], i: int) -> bool:
+    """Whether a unit is what the division sign at `i` divides by: "$3/apple"."""
+    after = tokens[i + 1 : i + 2]
+    return tokens[i].text == "/" and bool(after) and after[0].kind == "word" and not _is_variable(tokens, i + 1, True)
+
+
+def _is_variable(tokens: list[_Token], i: int, unit: bool = False) -> bool:
+    """Whether the word is a quantity or a part of one: "5x", "3 million"; what stands where a `unit` must is a unit."""
     word = tokens[i].text
-    is_article = word == "a" and not (i and tokens[i - 1].end == tokens[i].start)
-    return (len(word) == 1 and word.isalpha() and not is_article) or word.lower().rstrip("s") in _QUANTITIES
+    if len(word) > 1:
+        return word.lower().rstrip("s") in _QUANTITIES
+    is_attached = not unit and i > 0 and tokens[i - 1].end == tokens[i].start
+    return word.isalpha() and (is_attached or word not in _SYMBOLS)
+
+
+def _belong(words: set[str]) -> bool:
+    return not words & _CLAUSES and all(word.islower() or word.endswith(("'s", "’s")) for word in words)
 
 
 def _without_units(tokens: list[_Token]) -> list[_Token]:
@@ -216,8 +236,8 @@ def _without_units(tokens: list[_Token]) -> list[_Token]:
     kept: list[_Token] = []
     i = 0
     while i < len(tokens):
-        token, after = tokens[i], tokens[i + 1] if i + 1 < len(tokens) else None
-        if token.text == "/" and after and after.kind == "word":  # "$3/apple"
+        token = tokens[i]
+        if _is_per(tokens, i):
             i += 2
             continue
         if token.kind != "word":
@@ -243,6 +263,8 @@ def _without_units(tokens: list[_Token]) -> list[_Token]:
             and (after is None or after.kind in ("operator", "close"))
         ):
             i = end
+        elif kept and kept[-1].kind == "operator" and after and after.kind == "number" and _belong(words):
+            i = end  # "5 + another 3", not "day 1 + Day 2"
         else:
             kept += tokens[i:end]
             i = end
@@ -261,7 +283,7 @@ def _holds(left: list[_Token], right: list[_Token], sign: str) -> bool:
         for percent_right in (Fraction(1, 100), Fraction(1)):
             a, b = _value(left, percent), _value(right, percent_right)
             within = unit * percent_right if in_percent else unit
-            if a is not None and b is not None and (a == b or abs(a - b) < within):
+            if a is not None and b is not None and (abs(a - b) < max(within, abs(b) * FLOAT) or a == b):
                 return True
     return False
 
