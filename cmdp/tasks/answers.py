@@ -39,21 +39,17 @@ _FRACTION = re.compile(  # with or without a whole number before it: 3/4, 2 3/4,
 _WITH_UNIT = re.compile(  # "18 dollars", "$18/hour": what may stand after ####
     r"(-?\s?[$€£]?\s?[0-9][0-9,]*(?:\.[0-9]+)?)\s*(?!pi\b)(?:/\s*|\()?[A-Za-z][A-Za-z' ()/.-]+"
 )
-_SPELLINGS = {  # of LaTeX that says nothing, and of characters that say the same
-    "\\left": "",
-    "\\right": "",
-    "\\!": "",
-    "\\,": "",
-    "\\;": "",
-    "\\ ": " ",
-    "\\$": "$",
-    "\\%": "%",
+_SAYS_NOTHING = re.compile(r"(?<!\\)\\(?:left(?![A-Za-z])|right(?![A-Za-z])|[!,;])")
+_SAYS_THE_SAME = re.compile(r"(?<!\\)\\(?:[dt]frac(?![A-Za-z])|[$% ])|[−–\u00a0]")
+_PLAIN = {
     "\\dfrac": "\\frac",
     "\\tfrac": "\\frac",
+    "\\$": "$",
+    "\\%": "%",
+    "\\ ": " ",
     "−": "-",
     "–": "-",
     "\u00a0": " ",
-    "**": "",  # bold
 }
 # What SymPy would be at for ever, or for long: an exponent or a factorial of five digits, a tower of numbers
 _HUGE = re.compile(
@@ -95,9 +91,8 @@ def _until_brace_closes(text: str) -> str | None:
 
 def tidy(answer: str) -> str:
     """An answer without what says nothing: math delimiters, spacing commands, bold, a full stop at the end."""
-    for spelling, plain in _SPELLINGS.items():
-        answer = answer.replace(spelling, plain)
-    answer = answer.strip()
+    answer = _SAYS_THE_SAME.sub(lambda match: _PLAIN[match[0]], _SAYS_NOTHING.sub("", answer))
+    answer = answer.strip().strip("*").strip()  # bold
     for opening, closing in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
         if len(answer) > len(opening + closing) and answer.startswith(opening) and answer.rstrip(".").endswith(closing):
             answer = answer.rstrip(".")[len(opening) : -len(closing)].strip()
@@ -204,10 +199,13 @@ class _Worker:
     def verify(self, given: str, right: str) -> bool:
         """What math-verify says; False where it takes too long. Safe to call from any thread, and after a fork."""
         with self.lock:
-            if self.process is None or self.owner != os.getpid():
-                self.start()
-            if not self.process.stdout.readline():  # it says when it is ready for the next
-                self.stop()
+            for _ in range(2):
+                if self.process is None or self.owner != os.getpid():
+                    self.start()
+                if self.process.stdout.readline():  # it says when it is ready for the next
+                    break
+                self.stop()  # it has died since
+            else:
                 raise RuntimeError("math-verify does not start: is it installed (`pip install math-verify`)?")
             try:
                 self.process.stdin.write(json.dumps([given, right]) + "\n")

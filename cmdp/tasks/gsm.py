@@ -93,8 +93,9 @@ def symbolic(sizes: dict[str, int | None], seed: int) -> dict[str, list[corpus.R
             break
         question = example["question"].removesuffix(_SUFFIX).strip()
         solution = example["metadata"]["answer_cot"].strip()
-        # where a template's solution has another answer than the template, neither is to be trusted
-        if answers.is_correct(solution, example["answer"]):
+        # where a template's own solution goes wrong, by a rounding mostly, its answer is not to be trusted
+        is_sound = all(equation.holds for equation in steps.equations(solution))
+        if is_sound and is_correct(solution, example["answer"]):
             drawn.setdefault(
                 corpus.key(question), {"question": question, "answer": example["answer"], "solution": solution}
             )
@@ -107,11 +108,13 @@ def symbolic(sizes: dict[str, int | None], seed: int) -> dict[str, list[corpus.R
 
 
 def steps_are_valid(completion: str, prompt: str) -> bool:
-    """Whether the completion states at least one equation between numbers, every one that it states is right, and a
-    final answer. That the equations fit the problem is not checked.
+    """Whether the completion states an equation between numbers, every one that it states is right, and an answer
+    follows. Whether the equations fit the problem is not checked. A text longer than `steps.LONGEST` is no derivation.
     """
+    if len(completion) > steps.LONGEST or answers.extract(completion) is None:
+        return False
     found = steps.equations(completion)
-    return bool(found) and all(equation.holds for equation in found) and answers.extract(completion) is not None
+    return bool(found) and all(equation.holds for equation in found)
 
 
 def check_gsm8k(source: str | Path) -> dict:

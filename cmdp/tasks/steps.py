@@ -40,11 +40,13 @@ _REWRITES = [  # of LaTeX and Markdown, before the text is cut into tokens
     (re.compile(r"\\[,;! ]"), " "),
     (re.compile(r"(?<=[0-9)])\*\*(?=[0-9(])"), "^"),
     (re.compile(r"\*\*|__|`"), " "),
-    (re.compile(r"(?<=[0-9]) and \(?(?=[0-9]+/[0-9])"), " "),  # "1 and 1/4"
+    (re.compile(r"(?<=[0-9]) and [($]{0,2}(?=[0-9]{1,9}/[0-9])"), " "),  # "1 and 1/4"
     (re.compile(r"\.(?=\s+[a-z(]|\s*[-+*/=])"), " "),  # an abbreviation: "600 sq. ft. * 2"
-    (re.compile(r"^\s*(?:[-*•+]\s|[0-9]{1,2}[.)]\s)", re.MULTILINE), " ; "),  # an item of a list
+    (re.compile(r"^[ \t]*(?:[-*•+][ \t]|[0-9]{1,2}[.)][ \t])", re.MULTILINE), " ; "),  # an item of a list
 ]
-_SPOKEN = re.compile(r"[$0-9.,]+(?: (?:plus|minus|times|divided by) [$0-9.,]+){1,20} equals (?=[$0-9])")
+_SPOKEN = re.compile(
+    r"(?<![$0-9.,])[$0-9.,]{1,30}(?: (?:plus|minus|times|divided by) [$0-9.,]{1,30}){1,20} equals (?=[$0-9.])"
+)
 _SIGNS = {" plus ": " + ", " minus ": " - ", " times ": " * ", " divided by ": " / ", " equals ": " = "}
 _TOKEN = re.compile(
     r"(?P<compound>[0-9]+%?-[A-Za-z]{2,}[A-Za-z-]*)"  # 5-minute
@@ -67,7 +69,8 @@ def equations(text: str) -> list[Equation]:
     """The equations of a text that can be judged, calculator annotations (`<<48/2=24>>`) left out.
 
     A right side written with decimals may be rounded or cut: it holds within one unit of its last decimal. A whole
-    number is exact, unless `≈` says that it is not. A percentage may stand for its number or for its hundredth.
+    number is exact, unless `≈` says that it is not. A percentage may stand for its number or for its hundredth. Only
+    the first `LONGEST` characters are read.
     """
     found = []
     for line in _rewritten(_ANNOTATION.sub("", text[:LONGEST])).split("\n"):
@@ -107,7 +110,23 @@ class _Token(NamedTuple):
 _QUANTITIES = {"half", "halve", "twice", "double", "dozen", "hundred", "thousand", "million", "billion", "pi"}
 _SYMBOLS = set("amgshlL")  # an article, and units, where a space parts them from the number
 # Words that no unit has, and that end a clause
-_CLAUSES = {"because", "so", "is", "are", "was", "were", "since", "thus", "means", "then", "if", "which", "or", "and"}
+_CLAUSES = {
+    "because",
+    "so",
+    "is",
+    "are",
+    "was",
+    "were",
+    "since",
+    "thus",
+    "means",
+    "then",
+    "if",
+    "which",
+    "or",
+    "and",
+    "gives",
+}
 
 
 def _tokens(line: str) -> list[_Token]:
