@@ -1,8 +1,8 @@
 """Tasks: where problems come from, and what a right answer and a right derivation are.
 
 A task is a module. `problems(...)` gives its problems, split by split: rows with `prompt`, `answer` and, for supervised
-learning, `solution`. `is_correct(completion, answer)` is the task reward and `steps_are_valid(completion, prompt)` checks
-the reasoning.
+learning, `solution`. `is_correct(completion, answer)` is the task reward and `steps_are_valid(completion, prompt)`
+checks the reasoning.
 """
 
 import importlib
