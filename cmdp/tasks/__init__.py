@@ -1,7 +1,8 @@
 """Tasks: where problems come from, and what a right answer and a right derivation are.
 
-A task is a module. Its problems are rows with `prompt`, `answer` and, for supervised learning, `solution`;
-`is_correct(completion, answer)` is the task reward and `steps_are_valid(completion, prompt)` checks the reasoning.
+A task is a module. `problems(...)` gives its problems, split by split: rows with `prompt`, `answer` and, for supervised
+learning, `solution`. `is_correct(completion, answer)` is the task reward and `steps_are_valid(completion, prompt)`
+checks the reasoning.
 """
 
 import importlib
@@ -9,7 +10,7 @@ import json
 from pathlib import Path
 from types import ModuleType
 
-NAMES = ("arithmetic",)
+NAMES = ("arithmetic", "gsm", "math")
 
 
 def load_task(name: str) -> ModuleType:

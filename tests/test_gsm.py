@@ -1,0 +1,166 @@
+"""GSM8K and GSM-Symbolic: files and splits, prompts, the step check, and the check against GSM8K itself."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cmdp.tasks import corpus, gsm
+from cmdp.tasks.steps import equations
+
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CALCULATION = "Ana has {a}+{b} = <<{a}+{b}={c}>>{c} plums.\n#### {c}"
+
+
+def row(a: int, b: int) -> dict[str, str]:
+    return {"question": f"Ana has {a} plums and gets {b}. How many?", "answer": CALCULATION.format(a=a, b=b, c=a + b)}
+
+
+def write(path, rows) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write(tmp_path / "train.jsonl", [row(a, 1) for a in range(1000, 1030)])
+    write(tmp_path / "test.jsonl", [row(a, 2) for a in range(10)])
+    return tmp_path
+
+
+def test_problems_are_read_from_files_without_annotations_and_with_the_answer_alone(folder):
+    splits = gsm.problems(folder, {"test": 4, "validation": 5, "train": None}, seed=0)
+    assert {name: len(rows) for name, rows in splits.items()} == {"test": 4, "validation": 5, "train": 25}
+    assert splits["test"][3] == {
+        "prompt": f"{gsm.INSTRUCTION}\n\nQuestion: Ana has 3 plums and gets 2. How many?\nAnswer:",
+        "answer": "5",
+        "solution": "Ana has 3+2 = 5 plums.\n#### 5",
+    }
+    assert all(problem["answer"].isdigit() and len(problem["answer"]) == 4 for problem in splits["train"])  # no comma
+    prompts = [problem["prompt"] for rows in splits.values() for problem in rows]
+    assert len(set(prompts)) == len(prompts)
+
+
+def test_what_is_held_out_depends_on_the_seed_alone(folder):
+    sizes = {"test": 4, "validation": 5, "train": 10}
+    first = gsm.problems(folder, sizes, seed=0)
+    assert gsm.problems(folder, sizes, seed=0) == first
+    other = gsm.problems(folder, sizes, seed=1)
+    assert other["validation"] != first["validation"]
+    assert other["test"] == first["test"]
+    assert gsm.problems(folder, {**sizes, "train": None}, seed=0)["validation"] == first["validation"]
+
+
+def test_a_question_of_the_test_split_is_dropped_from_training_whatever_part_is_tested(folder):
+    asked = row(9, 2) | {"question": "ana has 9 plums, and  gets 2. How many"}
+    plain = row(9, 2)
+    write(folder / "train.jsonl", [plain, row(500, 1), row(500, 1), row(501, 1)])
+    splits = gsm.problems(folder, {"test": 1, "train": None}, seed=0)
+    assert sorted(problem["answer"] for problem in splits["train"]) == ["501", "502"]
+    assert corpus.key("Ana has 9.") != corpus.key("Ana has -9.")
+    assert corpus.key("What is  it, ANA?") == corpus.key("what is it ana")
+    assert asked["question"] != plain["question"]
+
+
+def test_shared_questions_are_seen():
+    corpus.check_disjoint({"train": [{"question": "a"}], "test": [{"question": "b"}]})
+    with pytest.raises(ValueError, match="'train' and 'test' share"):
+        corpus.check_disjoint({"train": [{"question": "a"}], "test": [{"question": "b"}, {"question": "A?"}]})
+
+
+def test_mistakes_in_the_source_are_named(folder, tmp_path):
+    with pytest.raises(ValueError, match="30 problems left for 'train', and 31"):
+        gsm.problems(folder, {"train": 31}, seed=0)
+    with pytest.raises(FileNotFoundError, match="There are no problems at nowhere"):
+        gsm.problems("nowhere", {"train": 1}, seed=0)
+    write(folder / "test.jsonl", [{"question": "?", "solution": "1"}])
+    with pytest.raises(ValueError, match=r"Problem 1 of .* has no text in \['answer'\]"):
+        gsm.problems(folder, {"train": 1}, seed=0)
+    write(folder / "test.jsonl", [{"question": "?", "answer": "It is 1."}])
+    with pytest.raises(ValueError, match="ends in `#### n`"):
+        gsm.problems(folder, {"train": 1}, seed=0)
+    (folder / "test.jsonl").write_text("not JSON\n")
+    with pytest.raises(ValueError, match="is not JSONL"):
+        gsm.problems(folder, {"train": 1}, seed=0)
+
+
+def test_offline_and_not_cached_says_what_to_do(tmp_path):
+    code = "from cmdp.tasks import gsm; gsm.problems('openai/gsm8k', {'test': 1}, 0)"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    process = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert process.stderr.strip().splitlines()[-1].startswith("FileNotFoundError: openai/gsm8k is neither in the cache")
+    assert "unset HF_HUB_OFFLINE" in process.stderr
+    assert "train.jsonl" in process.stderr
+
+
+def test_symbolic_problems_are_generated_offline_disjoint_and_repeatable():
+    sizes = {"test": 30, "validation": 30, "train": 60}
+    splits = gsm.problems("gsm-symbolic", sizes, seed=0)
+    assert {name: len(rows) for name, rows in splits.items()} == sizes
+    rows = [row for split in splits.values() for row in split]
+    assert len({row["prompt"] for row in rows}) == len(rows)
+    assert all(gsm.is_correct(row["solution"], row["answer"]) for row in rows)
+    assert all(equation.holds for row in rows for equation in equations(row["solution"]))
+    assert not any("Do not include units" in row["prompt"] for row in rows)
+    assert gsm.problems("gsm-symbolic", sizes, seed=0) == splits
+    assert gsm.problems("gsm-symbolic", {"test": 30}, seed=0)["test"] == splits["test"]
+    assert gsm.problems("gsm-symbolic", sizes, seed=1)["test"] != splits["test"]
+    with pytest.raises(ValueError, match="say how many"):
+        gsm.problems("gsm-symbolic", {"train": None}, seed=0)
+
+
+def test_prompts_follow_the_chat_template_and_encode_to_what_they_say(folder):
+    from cmdp.models import build_tokenizer
+
+    tokenizer = build_tokenizer(["plums"])
+    plain = gsm.problems(folder, {"test": 1}, seed=0, tokenizer=tokenizer)["test"][0]["prompt"]
+    assert plain.endswith("\nAnswer:")
+    tokenizer.chat_template = TEMPLATE
+    prompt = gsm.problems(folder, {"test": 1}, seed=0, tokenizer=tokenizer)["test"][0]["prompt"]
+    question = "Ana has 0 plums and gets 2. How many?"
+    assert prompt == f"<|user|>{question}\n\n{gsm.INSTRUCTION}<|end|><|assistant|>"
+
+
+@pytest.mark.parametrize(
+    ("completion", "valid"),
+    [
+        ("3+2 = 5 plums.\n#### 5", True),
+        ("3 + 2 = 5 and 5 - 1 = 4.\nThe answer is 4.", True),
+        ("3+2 = 6 plums.\n#### 5", False),
+        ("3+2 = 5, 5 - 1 = 3\n#### 5", False),
+        ("3+2 = 5 plums.", False),  # no answer
+        ("#### 5", False),  # no step
+        ("x + 2 = 5\n#### 5", False),  # none that can be judged
+        ("", False),
+        ("3+2 = 5\n" * 9000 + "#### 5", False),  # no derivation is so long
+    ],
+)
+def test_a_derivation_is_valid_when_every_equation_holds_and_an_answer_follows(completion, valid):
+    assert gsm.steps_are_valid(completion, "Ana has 3 plums and gets 2. How many?") is valid
+
+
+def test_the_check_counts_what_is_wrong(folder):
+    wrong = row(7, 2) | {"answer": "7+2 = <<7+2=8>>10, 4 - 1 = <<x>>3\n#### 9"}
+    write(folder / "test.jsonl", [row(1, 2), wrong])
+    checked = gsm.check_gsm8k(folder)
+    assert checked["problems"] == checked["accepted"] == checked["refused"] == 32
+    assert checked["valid"] == 31
+    assert checked["annotations"] == {"read": 32, "unread": 1, "wrong": 1, "solutions": 1}
+    assert checked["equations"] == {"read": 33, "wrong": 1, "solutions": 1, "without": 0}
+    assert checked["flagged"] == ["test 2: 7 + 2 = 10"]
+
+
+@pytest.mark.skipif("CMDP_GSM8K" not in os.environ, reason="CMDP_GSM8K names no folder with GSM8K's two JSONL files")
+def test_gsm8ks_own_solutions_pass():
+    checked = gsm.check_gsm8k(os.environ["CMDP_GSM8K"])
+    assert checked["accepted"] == checked["refused"] == checked["problems"] == 8792
+    assert checked["annotations"]["wrong"] == 0
+    assert checked["annotations"]["unread"] < 0.001 * checked["annotations"]["read"]
+    assert checked["equations"]["wrong"] < 0.002 * checked["equations"]["read"]
+    assert checked["equations"]["read"] > checked["annotations"]["read"]
