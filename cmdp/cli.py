@@ -17,10 +17,10 @@ import pandas as pd
 import yaml
 
 from cmdp import runs
-from cmdp.runs import steps_to, write_log, write_measures
+from cmdp.runs import steps_to
 from cmdp.storage import checkpoint_folder, provenance, whole, write_table, write_text
 
-CHOSEN = Path("tuning/chosen.yaml")
+CHOSEN, STUDY = Path("tuning/chosen.yaml"), Path("study/params.yaml")
 DATA, MODELS, RESULTS, FIGURES = (Path(name) for name in ("data", "models", "results", "figures"))
 
 
@@ -60,52 +60,47 @@ def supervised(params: dict, arguments: argparse.Namespace) -> None:
 
 def train(params: dict, arguments: argparse.Namespace) -> None:
     """Distil the student by one run's method and seed."""
-    from cmdp import methods
-    from cmdp.models import load_pair
-    from cmdp.tasks import load_task, read_problems
-
     run, name = arguments.run, f"{arguments.run}-{arguments.seed}"
-    method = methods.method_of(run)
     settings = {**params["train"], **params["budget"], **params["runs"].get(run, {}), "seed": arguments.seed}
-    student, teacher, tokenizer = load_pair(MODELS / "student", MODELS / "teacher")
-    log = []
-    if method != "sft":
-        inputs = [DATA / "train.jsonl", *MODELS.glob("student/*"), *MODELS.glob("teacher/*")]
-        checkpoints, resume = checkpoint_folder(name, {"method": method, **settings}, inputs)
-        task = load_task(params["task"]["name"])
-        problems = read_problems(DATA / "train.jsonl")
-        with steps_to(checkpoints / "steps.txt"):
-            log = methods.train(
-                method, student, teacher, tokenizer, problems, task.is_correct, checkpoints, resume, settings
-            )
-    write_log(log, RESULTS, MODELS / "timing", name)
+    trained = runs.distil(run, settings, params["task"]["name"], DATA, MODELS, "student", name)
+    runs.write_log(trained.log, RESULTS, MODELS / "timing", name)
     with whole(MODELS / "runs" / name) as folder:
-        student.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    if method != "sft":
-        shutil.rmtree(checkpoints)
+        trained.student.save_pretrained(folder)
+        trained.tokenizer.save_pretrained(folder)
+    shutil.rmtree(trained.checkpoints)
 
 
 def evaluate(params: dict, arguments: argparse.Namespace) -> None:
-    """Measure one run on held-out prompts: the test split, or in tuning the validation split."""
-    from cmdp.evaluation import evaluate as measure
+    """Measure one run on the held-out prompts, and on problems longer than any in training."""
     from cmdp.models import load_pair
+
+    pair = load_pair(MODELS / "runs" / f"{arguments.run}-{arguments.seed}", MODELS / "teacher")
+    runs.write_measures(measure(params, pair, arguments.seed), RESULTS, arguments.run, arguments.seed)
+
+
+def measure(params: dict, pair: tuple, seed: int) -> dict[str, pd.DataFrame]:
+    """The tables of one student, its teacher and their tokenizer: completions of held-out prompts (`runs`), of longer
+    problems (`longer`), and the cumulative cost by position (`positions`)."""
+    from cmdp.evaluation import evaluate as measure
     from cmdp.tasks import load_task, read_problems
 
-    name = f"{arguments.run}-{arguments.seed}"
-    student, teacher, tokenizer = load_pair(MODELS / "runs" / name, MODELS / "teacher")
+    settings, task = params["evaluate"], load_task(params["task"]["name"])
+    held_out = read_problems(DATA / f"{settings['split']}.jsonl")[: settings["prompts"]]
+    longer, limit = settings["longer"], params["train"]["max_completion_length"]
     completions, positions = measure(
-        student,
-        teacher,
-        tokenizer,
-        load_task(params["task"]["name"]),
-        read_problems(DATA / f"{params['evaluate']['split']}.jsonl")[: params["evaluate"]["prompts"]],
-        params["evaluate"]["samples"],
-        params["train"]["max_completion_length"],
-        params["evaluate"]["batch_size"],
-        arguments.seed,
+        *pair, task, held_out, settings["samples"], limit, settings["batch_size"], seed, settings["greedy"]
     )
-    write_measures(completions, positions, RESULTS, arguments.run, arguments.seed)
+    more, _ = measure(
+        *pair,
+        task,
+        runs.longer_problems(task, longer, params["task"]["seed"]),
+        longer["samples"],
+        longer["max_completion_length"],
+        settings["batch_size"],
+        seed,
+        greedy=False,
+    )
+    return {"runs": completions, "positions": positions, "longer": more}
 
 
 def collect(params: dict, _: argparse.Namespace) -> None:
@@ -138,9 +133,7 @@ def theory(params: dict, _: argparse.Namespace) -> None:
 
 def trial(params: dict, arguments: argparse.Namespace) -> None:
     """Train one trial of the tuning grid and measure it on validation prompts."""
-    from cmdp import methods
     from cmdp.evaluation import evaluate as measure
-    from cmdp.models import load_pair
     from cmdp.statistics import with_budget
     from cmdp.tasks import load_task, read_problems
 
@@ -148,39 +141,40 @@ def trial(params: dict, arguments: argparse.Namespace) -> None:
     run, name = arguments.run, f"{arguments.run}-{arguments.index}"
     tried = tuning["grid"][run][arguments.index]
     settings = {**params["train"], **params["budget"], **tried, "seed": tuning["seed"]}
-    student, teacher, tokenizer = load_pair(MODELS / "student", MODELS / "teacher")
-    task = load_task(params["task"]["name"])
-    inputs = [DATA / "train.jsonl", *MODELS.glob("student/*"), *MODELS.glob("teacher/*")]
-    checkpoints, resume = checkpoint_folder(f"tuning/{name}", settings, inputs)
-    with steps_to(checkpoints / "steps.txt"):
-        methods.train(
-            methods.method_of(run),
-            student,
-            teacher,
-            tokenizer,
-            read_problems(DATA / "train.jsonl"),
-            task.is_correct,
-            checkpoints,
-            resume,
-            settings,
-        )
+    trained = runs.distil(run, settings, params["task"]["name"], DATA, MODELS, "student", f"tuning/{name}")
     completions, _ = measure(
-        student,
-        teacher,
-        tokenizer,
-        task,
+        trained.student,
+        trained.teacher,
+        trained.tokenizer,
+        load_task(params["task"]["name"]),
         read_problems(DATA / "validation.jsonl"),
         tuning["samples"],
         params["train"]["max_completion_length"],
         params["evaluate"]["batch_size"],
         tuning["seed"],
+        greedy=False,
     )
-    sampled = with_budget(completions[completions["decoding"] == "sampled"], **params["budget"])
+    sampled = with_budget(completions, **params["budget"])
     measures = sampled[["correct", "satisfied", "correct_within", "cost"]].mean()
     measures.index = ["accuracy", "csr", "accuracy_within", "cost"]
     row = {"run": run, "index": arguments.index, **tried, **measures}
     write_table(pd.DataFrame([row]), RESULTS / "tuning" / f"{name}.csv")
-    shutil.rmtree(checkpoints)
+    shutil.rmtree(trained.checkpoints)
+
+
+def arm(params: dict, arguments: argparse.Namespace) -> None:
+    """Train and measure one arm of the study, all of its seeds: results/study/NAME.csv."""
+    from cmdp import study
+
+    settings = read_params(STUDY)["arms"][arguments.name]
+    params["evaluate"]["greedy"] = False
+    paths = {"data": DATA, "models": MODELS}
+    done = [study.arm(params, settings, measure, paths, arguments.name, seed) for seed in settings["seeds"]]
+    tables, times, checkpoints = zip(*done, strict=True)
+    write_table(pd.concat(times, ignore_index=True), MODELS / "timing" / f"study-{arguments.name}.csv")
+    write_table(pd.concat(tables, ignore_index=True), RESULTS / "study" / f"{arguments.name}.csv")
+    for folder in checkpoints:
+        shutil.rmtree(folder)
 
 
 def choose(params: dict, _: argparse.Namespace) -> None:
@@ -275,15 +269,15 @@ def main() -> None:
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="the parameters (params.yaml)")
     parser.add_argument("--overlay", type=Path, help="a profile, laid over the parameters")
     commands = parser.add_subparsers(required=True, metavar="command")
-    of_the_pipeline = (data, supervised, train, evaluate, collect, theory, figures, notebook)
+    of_the_pipeline = (data, supervised, train, evaluate, collect, theory, figures, arm, notebook)
     for stage in (*of_the_pipeline, memory, trial, choose, table, benchmark, export, judge, overlay):
         command = commands.add_parser(stage.__name__, help=stage.__doc__)
         command.set_defaults(stage=stage)
         if stage is supervised:
-            command.add_argument("role", choices=("teacher", "student"))
+            command.add_argument("role", help="a section of the parameters: teacher, student, student-half, ...")
         if stage is figures:
             command.add_argument("subject", nargs="?", choices=("default", "theory"), default="default")
-        if stage is notebook:
+        if stage in (notebook, arm):
             command.add_argument("name")
         if stage is export:
             command.add_argument("folder", type=Path, help="a trained student: models/runs/cmdp-hinge-0")

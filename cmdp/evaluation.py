@@ -30,19 +30,22 @@ def evaluate(
     max_completion_length: int,
     batch_size: int,
     seed: int,
+    greedy: bool = True,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Sample `samples` completions a problem at temperature 1, and one greedily.
+    """Sample `samples` completions a problem at temperature 1, and with `greedy` one more greedily.
 
     Returns:
         completions: a row a completion, with `prompt` (its index), `decoding`, `correct`, `valid` (every step right),
-            `tokens`, `truncated`, `entropy` (mean, nats a token), `cost` (C, nats) and `peak` (the costliest token's).
+            `tokens`, `truncated`, `entropy` (mean, nats a token), `cost` (C, nats), `peak` (the costliest token's),
+            `confidence` (the student's probability of the last token before the end, the answer's) and, where the task
+            tells styles apart, `style`.
         positions: for sampled completions and each position, how many reach it (`count`) and, over all, mean and
             quantiles of the cumulative cost C_t in nats, constant after a completion's end.
     """
     student.eval(), teacher.eval()
     torch.manual_seed(seed)
     rows, curves = [], []
-    for decoding, repeats in (("sampled", samples), ("greedy", 1)):
+    for decoding, repeats in (("sampled", samples), ("greedy", int(greedy))):
         order = [index for index in range(len(problems)) for _ in range(repeats)]
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
@@ -50,7 +53,9 @@ def evaluate(
             ids, attention, completion_ids, mask = generate(
                 student, tokenizer, [row["prompt"] for row in batch], decoding == "sampled", max_completion_length
             )
-            cost, entropy = score(student, teacher, len(tokenizer), ids, attention, mask)
+            cost, entropy, log_probs = score(student, teacher, len(tokenizer), ids, attention, mask)
+            answer = (mask.sum(dim=1) - 2).clamp(min=0)
+            confidence = log_probs.gather(1, answer[:, None])[:, 0].exp()
             texts = tokenizer.batch_decode(completion_ids.masked_fill(mask == 0, tokenizer.pad_token_id), True)
             ended = (completion_ids * mask == tokenizer.eos_token_id).any(dim=1)
             length = mask.sum(dim=1)
@@ -66,6 +71,8 @@ def evaluate(
                         "entropy": (entropy[i].sum() / length[i].clamp(min=1)).item(),
                         "cost": cost[i].sum().item(),
                         "peak": cost[i].max().item(),
+                        "confidence": confidence[i].item(),
+                        **({"style": task.style(text)} if hasattr(task, "style") else {}),
                     }
                 )
             if decoding == "sampled":
@@ -106,8 +113,9 @@ def generate(
 
 def score(
     student: PreTrainedModel, teacher: PreTrainedModel, vocab_size: int, ids: Tensor, attention: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Reverse KL to the teacher and the student's entropy at each completion token, in nats: (B, T), (B, T)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """At each completion token the reverse KL to the teacher, the student's entropy and its log-probability of the
+    token, in nats: (B, T) each."""
     keep = mask.shape[1]
     hidden = [
         model.base_model(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state[:, -keep - 1 : -1]
@@ -115,11 +123,12 @@ def score(
     ]
     heads = [lm_head(model, vocab_size) for model in (student, teacher)]
     cost = divergence_from_hidden(hidden[0], heads[0], hidden[1], heads[1], mask).clamp(min=0.0)
-    entropy = torch.zeros_like(cost)
+    entropy, log_probs = torch.zeros_like(cost), torch.zeros_like(cost)
     for row in range(len(ids)):  # a completion at a time: (T, V) logits of one model
         logps = heads[0].logits(hidden[0][row]).log_softmax(-1)
         entropy[row] = -(logps.exp() * logps).sum(-1) * mask[row]
-    return cost, entropy
+        log_probs[row] = logps.gather(-1, ids[row, -keep:, None])[:, 0] * mask[row]
+    return cost, entropy, log_probs
 
 
 def ledger(
@@ -146,7 +155,7 @@ def ledger(
         student, tokenizer, [problem["prompt"]], True, max_completion_length
     )
     with torch.no_grad():
-        cost, _ = score(student, teacher, len(tokenizer), ids, attention, mask)
+        cost, _, _ = score(student, teacher, len(tokenizer), ids, attention, mask)
     text = tokenizer.decode(completion_ids[0], skip_special_tokens=True)
     right = torch.tensor([float(task.is_correct(text, problem["answer"]))])
     budget = trajectory_budget(settings["budget"], mask, settings["budget_form"])

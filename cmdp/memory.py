@@ -35,7 +35,7 @@ def memory_sum(
     """Bytes by item. Items named for one of `PHASES` ("update: activations") are there in that phase only.
 
     Args:
-        settings: fields of `CMDPConfig`, those that size matters to: batch, completion length, checkpointing, optimiser.
+        settings: fields of `CMDPConfig` that size matters to: batch, completion length, checkpointing, optimiser.
         prompt_length: the longest prompt's, in tokens.
         vocab_size: the tokenizer's.
         dtype: what `device` computes in.

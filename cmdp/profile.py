@@ -196,7 +196,7 @@ def evaluate(profile: dict, run: str, seed: int) -> None:
             settings["batch_size"],
             seed,
         )
-    runs.write_measures(completions, positions, results, run, seed)
+    runs.write_measures({"runs": completions, "positions": positions}, results, run, seed)
     _finish(mark)
 
 

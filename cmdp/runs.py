@@ -1,13 +1,16 @@
-"""What a run leaves behind, wherever its models come from: the log of its training, the tables of its evaluation, and
-all runs gathered."""
+"""A run of the experiment, from the files that it starts from to those that it leaves behind: distilled, measured,
+written, and all runs gathered."""
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import pandas as pd
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cmdp.storage import provenance, write_json, write_table
+from cmdp.storage import checkpoint_folder, provenance, write_json, write_table
 
 LOGGED = (  # columns of a training log that depend on nothing but the seed; the rest are times
     "step",
@@ -20,12 +23,56 @@ LOGGED = (  # columns of a training log that depend on nothing but the seed; the
     "kl_per_token",
     "remaining_budget",
     "over_budget_tokens",
+    "lambda",
     "entropy",
     "completions/mean_length",
     "loss/policy",
     "loss/single_step",
     "grad_norm",
 )
+
+
+class Distilled(NamedTuple):
+    """A trained student with what it was trained from."""
+
+    student: PreTrainedModel
+    teacher: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    log: list[dict]  # a dict a step
+    checkpoints: Path  # to be deleted when what came of the run is written
+
+
+def distil(run: str, settings: dict, task_name: str, data: Path, models: Path, start: str, name: str) -> Distilled:
+    """Train a copy of the student `models`/`start` by the method of `run`, going on from its last checkpoint.
+
+    Args:
+        settings: fields of `CMDPConfig`, the seed included.
+        data: the folder with train.jsonl.
+        models: the folder of the teacher and of the student to start from.
+        name: of the run's checkpoints.
+    """
+    from cmdp import methods
+    from cmdp.models import load_pair
+    from cmdp.tasks import load_task, read_problems
+
+    method = methods.method_of(run)
+    student, teacher, tokenizer = load_pair(models / start, models / "teacher")
+    problems = read_problems(data / "train.jsonl")
+    inputs = [data / "train.jsonl", *models.glob(f"{start}/*"), *models.glob("teacher/*")]
+    checkpoints, resume = checkpoint_folder(name, {"method": method, **settings}, inputs)
+    log = []
+    if method != "sft":
+        is_correct = load_task(task_name).is_correct
+        with steps_to(checkpoints / "steps.txt"):
+            log = methods.train(
+                method, student, teacher, tokenizer, problems, is_correct, checkpoints, resume, settings
+            )
+    return Distilled(student, teacher, tokenizer, log, checkpoints)
+
+
+def longer_problems(task: ModuleType, settings: dict, seed: int) -> list[dict[str, str]]:
+    """Problems of more steps than any in training: `settings` has `prompts` and `steps` = [fewest, most]."""
+    return task.problems({"longer": settings["prompts"]}, tuple(settings["steps"]), seed)["longer"]
 
 
 @contextlib.contextmanager
@@ -44,9 +91,9 @@ def write_log(log: list[dict], results: Path, timing: Path, name: str) -> None:
     write_table(table.reindex(columns=["step", *times]), timing / f"{name}.csv")
 
 
-def write_measures(completions: pd.DataFrame, positions: pd.DataFrame, results: Path, run: str, seed: int) -> None:
-    """Write the two tables of an evaluation under `results`/runs and `results`/positions."""
-    for table, folder in ((completions, "runs"), (positions, "positions")):
+def write_measures(tables: dict[str, pd.DataFrame], results: Path, run: str, seed: int) -> None:
+    """Write the tables of an evaluation, each under `results` in the folder that it is named for."""
+    for folder, table in tables.items():
         table.insert(0, "run", run)
         table.insert(1, "seed", seed)
         write_table(table, results / folder / f"{run}-{seed}.csv")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 CRITERION = "accuracy_within"  # right and within the budget: what the constraint leaves of the task reward
-SETTINGS = ("learning_rate", "lam", "penalty")
+SETTINGS = ("learning_rate", "lam", "penalty", "dual_rate", "step_budget")
 
 
 def choose(trials: pd.DataFrame) -> pd.DataFrame:

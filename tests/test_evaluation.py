@@ -54,7 +54,7 @@ def test_cost_and_entropy_are_those_of_the_full_distributions(student, teacher, 
     torch.manual_seed(0)
     with torch.no_grad():
         ids, attention, completion_ids, mask = generate(student, tokenizer, prompts, True, LENGTH)
-        cost, entropy = score(student, teacher, len(tokenizer), ids, attention, mask)
+        cost, entropy, _ = score(student, teacher, len(tokenizer), ids, attention, mask)
         keep = mask.shape[1]
         logits = [
             model(input_ids=ids, attention_mask=attention).logits[:, -keep - 1 : -1] for model in (student, teacher)

@@ -1,4 +1,4 @@
-"""Profiles: what a parameter file of real models may say, and a whole experiment on small ones from the command line."""
+"""Profiles: what a parameter file of real models may say, and a whole experiment on small ones, run by the command."""
 
 import json
 import sys

@@ -115,3 +115,14 @@ def steps_are_valid(completion: str, prompt: str) -> bool:
             return False
         value = int(match["c"])
     return answer == f"# {value}"
+
+
+def style(completion: str) -> str:
+    """How the completion phrases its equations: for each line its lead and its form, as "so=" or "on"; "?" for a line
+    that is no equation."""
+    words = []
+    for line in completion.strip().split(" ; ")[:-1]:
+        match = _EQUATION.fullmatch(line)
+        lead = next((lead.strip() for lead in LEADS if lead and line.startswith(lead)), "")
+        words.append("?" if match is None else lead + ("on" if match["op2"] else "=" if "=" in line else "gives"))
+    return " ".join(words)

@@ -1,0 +1,59 @@
+"""The study: arms beside the default experiment's runs, and all of their completions in one table (method, 7 to 10).
+
+An arm is a method with settings of its own, from a student of its own, over some seeds (study/params.yaml). It keeps no
+model: each seed is trained, measured and let go.
+"""
+
+from pathlib import Path
+
+import pandas as pd
+
+COLUMNS = ["seed", "split", "prompt", "correct", "valid", "tokens", "entropy", "cost", "peak", "confidence", "style"]
+
+
+def arm(params: dict, settings: dict, measure, paths: dict[str, Path], name: str, seed: int) -> tuple:
+    """Train and measure one seed of an arm.
+
+    Args:
+        params: of the default experiment, with the settings that tuning chose.
+        settings: the arm's, from study/params.yaml.
+        measure: `(params, (student, teacher, tokenizer), seed) -> {"runs": table, "longer": table}`.
+        paths: of `data` and `models`.
+
+    Returns:
+        its completions, a row each, those of longer problems told apart by `split`; its times, a row; and the folder of
+        its checkpoints, to be deleted when both are written.
+    """
+    from cmdp.runs import distil
+
+    run = settings["run"]
+    tuned = params["runs"].get(run.removeprefix("trl-"), {})
+    fields = {**params["train"], **params["budget"], **tuned, **settings.get("set", {}), "seed": seed}
+    start = settings.get("start", "student")
+    trained = distil(run, fields, params["task"]["name"], paths["data"], paths["models"], start, f"study/{name}-{seed}")
+    tables = measure(params, (trained.student, trained.teacher, trained.tokenizer), seed)
+    table = pd.concat([tables["runs"].assign(split="test"), tables["longer"].assign(split="longer")])
+    table = table[table["decoding"] == "sampled"].assign(seed=seed)[COLUMNS].round(4)
+    whole = [entry["train_runtime"] for entry in trained.log if "train_runtime" in entry]
+    phases = pd.DataFrame([entry for entry in trained.log if "csr" in entry]).filter(like="time/").median()
+    times = {"arm": name, "seed": seed, "steps": fields["max_steps"], "seconds": sum(whole), **phases}
+    return table, pd.DataFrame([times]), trained.checkpoints
+
+
+def read(results: Path, arms: dict) -> pd.DataFrame:
+    """Every sampled completion of the default experiment and of the study: `COLUMNS`, and `arm`.
+
+    The default experiment's runs are arms of their own names; an arm of the same name adds seeds to them.
+    """
+    tables = []
+    for folder, split in (("runs", "test"), ("longer", "longer")):
+        for path in sorted((results / folder).glob("*.csv")):
+            table = pd.read_csv(path, keep_default_na=False)
+            tables.append(table[table["decoding"] == "sampled"].assign(arm=table["run"], split=split))
+    for name in arms:
+        path = results / "study" / f"{name}.csv"
+        if path.is_file():
+            tables.append(pd.read_csv(path, keep_default_na=False).assign(arm=name))
+    if not tables:
+        raise FileNotFoundError(f"There are no completions under {results}: run the pipeline first (`make repro`).")
+    return pd.concat(tables, ignore_index=True)[["arm", *COLUMNS]]
