@@ -172,7 +172,7 @@ def arm(params: dict, arguments: argparse.Namespace) -> None:
     done = [study.arm(params, settings, measure, paths, arguments.name, seed) for seed in settings["seeds"]]
     tables, times, checkpoints = zip(*done, strict=True)
     write_table(pd.concat(times, ignore_index=True), MODELS / "timing" / f"study-{arguments.name}.csv")
-    write_table(pd.concat(tables, ignore_index=True), RESULTS / "study" / f"{arguments.name}.csv")
+    write_table(pd.concat(tables, ignore_index=True), RESULTS / "study" / "arms" / f"{arguments.name}.csv")
     for folder in checkpoints:
         shutil.rmtree(folder)
 

@@ -59,7 +59,7 @@ def train(
         is_correct: the task reward, `(completion, answer) -> bool`.
         checkpoints: where the trainer keeps its checkpoints.
         resume: go on from the last of them.
-        settings: fields of `CMDPConfig`, over the defaults below; the method's own take precedence.
+        settings: fields of `CMDPConfig`; they take precedence over the method's own.
 
     Returns:
         The log: a dict a step.
@@ -71,7 +71,7 @@ def train(
         return [float(is_correct(completion, right)) for completion, right in zip(completions, answer, strict=True)]
 
     defaults = {"gradient_checkpointing": False, "bf16": False, "report_to": [], "disable_tqdm": True}
-    settings = {"output_dir": str(checkpoints), **defaults, **settings, **METHODS.get(method, {})}
+    settings = {"output_dir": str(checkpoints), **defaults, **METHODS.get(method, {}), **settings}
     data = {"train_dataset": Dataset.from_list(problems), "processing_class": tokenizer}
     if method in TRL:
         trainer = _of_trl(method, student, teacher, task_reward, settings, data)

@@ -29,7 +29,7 @@ def arm(params: dict, settings: dict, measure, paths: dict[str, Path], name: str
     run = settings["run"]
     tuned = params["runs"].get(run.removeprefix("trl-"), {})
     fields = {**params["train"], **params["budget"], **tuned, **settings.get("set", {}), "seed": seed}
-    start = settings.get("start", "student")
+    start = settings["start"]
     trained = distil(run, fields, params["task"]["name"], paths["data"], paths["models"], start, f"study/{name}-{seed}")
     tables = measure(params, (trained.student, trained.teacher, trained.tokenizer), seed)
     table = pd.concat([tables["runs"].assign(split="test"), tables["longer"].assign(split="longer")])
@@ -51,7 +51,7 @@ def read(results: Path, arms: dict) -> pd.DataFrame:
             table = pd.read_csv(path, keep_default_na=False)
             tables.append(table[table["decoding"] == "sampled"].assign(arm=table["run"], split=split))
     for name in arms:
-        path = results / "study" / f"{name}.csv"
+        path = results / "study" / "arms" / f"{name}.csv"
         if path.is_file():
             tables.append(pd.read_csv(path, keep_default_na=False).assign(arm=name))
     if not tables:
