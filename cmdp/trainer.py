@@ -129,7 +129,8 @@ class CMDPTrainer(GRPOTrainer):
         kwargs: everything else that `GRPOTrainer` takes.
 
     Raises:
-        ValueError: a head of student or teacher lacks rows for some of the tokenizer's ids.
+        ValueError: a head of student or teacher lacks rows for some of the tokenizer's ids, or an exact divergence is
+            asked for under DeepSpeed's ZeRO-3.
     """
 
     _tag_names = ["trl", "grpo", "cmdp"]
@@ -145,6 +146,8 @@ class CMDPTrainer(GRPOTrainer):
                     "must share one tokenizer. Choose a teacher from the student's family."
                 )
         self._sampled = args.divergence in SAMPLED
+        if self._dist.is_zero3 and not self._sampled:  # the kernel cannot gather a head that is cut to the vocabulary
+            raise ValueError("An exact divergence does not go with ZeRO-3: use ZeRO-2, FSDP or a sampled one, as k3.")
         teacher.requires_grad_(False).eval()
         if self._sampled:
             add_fused_lm_head(teacher, temperature=self.temperature)
@@ -197,16 +200,11 @@ class CMDPTrainer(GRPOTrainer):
 
     def _whole_teacher_head(self) -> Head:
         """The teacher's head, gathered once: the student's forward uses it, where the teacher's own hooks, which gather
-        what FSDP and ZeRO-3 have sharded, do not run. It is frozen, so a copy stays true."""
-        model = self.accelerator.unwrap_model(self.teacher)
-        parameters = list(model.get_output_embeddings().parameters())
-        with (
-            self._dist.summon_full_params(self.teacher, recurse=False, writeback=False),
-            self._dist.gather_params(parameters),
-        ):
-            head = lm_head(model, self._vocab_size)
-            if self._dist.fsdp_version != 1 and not self._dist.is_zero3:
-                return head  # whole already, or made so by `lm_head`
+        what FSDP has sharded, do not run. It is frozen, so a copy stays true."""
+        with self._dist.summon_full_params(self.teacher, recurse=False, writeback=False):
+            head = lm_head(self.accelerator.unwrap_model(self.teacher), self._vocab_size)
+            if self._dist.fsdp_version != 1:  # whole already, or made so by `lm_head`
+                return head
             return head._replace(weight=head.weight.clone(), bias=None if head.bias is None else head.bias.clone())
 
     # ---- rollouts and their scores ----
