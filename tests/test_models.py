@@ -1,4 +1,4 @@
-"""Real architectures, small and of random weights, loaded in every way that a parameter file can ask for and trained."""
+"""Real architectures, small and of random weights, loaded in every way that a profile can ask for, and trained."""
 
 import copy
 import math
