@@ -133,7 +133,7 @@ def pick_device(use_cpu: bool = False) -> torch.device:
 
 
 def pick_dtype(device: torch.device) -> torch.dtype:
-    """The dtype that `device` computes in: bfloat16 where the hardware has it, else float16 (a T4); on a CPU float32."""
+    """The dtype that `device` computes in: bfloat16 where its hardware has it, else float16 (a T4); on CPU float32."""
     if device.type != "cuda":
         return torch.float32
     # `is_bf16_supported` says yes for a T4, which emulates it, slowly

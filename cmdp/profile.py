@@ -11,11 +11,13 @@ interrupted goes on from its last checkpoint. The profile NAME.yaml keeps its fi
 results/NAME.
 """
 
+import contextlib
 import copy
 import dataclasses
 import gc
 import inspect
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -130,7 +132,8 @@ def train(profile: dict, run: str, seed: int) -> None:
     problems = read_problems(problems_file)
     student, teacher = specs(profile)
     made_by = {"method": method, "settings": settings, "models": _content(student) + _content(teacher)}
-    checkpoints, resume = checkpoint_folder(f"{profile['name']}/{name}", made_by, [problems_file])
+    with _main_process_first(settings.get("use_cpu", False)):
+        checkpoints, resume = checkpoint_folder(f"{profile['name']}/{name}", made_by, [problems_file])
     if _finished(checkpoints, target):
         print(f"{target} is finished.")
         return
@@ -158,6 +161,8 @@ def train(profile: dict, run: str, seed: int) -> None:
                 resume,
                 {**_precision(device), **settings},
             )
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
     runs.write_log(log, Path("results", profile["name"]), Path("models", profile["name"], "timing"), name)
     with whole(target) as folder:
         student.save_pretrained(folder)
@@ -286,6 +291,15 @@ def _finish(checkpoints: Path) -> None:
     for path in checkpoints.glob("checkpoint-*"):
         shutil.rmtree(path)
     (checkpoints / "finished.txt").write_text("Its outputs are written.\n")
+
+
+def _main_process_first(use_cpu: bool):
+    """Where several processes train together, a context that the first of them goes through before the others."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return contextlib.nullcontext()
+    from accelerate import PartialState
+
+    return PartialState(cpu=use_cpu).main_process_first()
 
 
 def _free() -> None:

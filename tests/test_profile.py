@@ -185,3 +185,9 @@ def test_profiles_are_complete_and_name_known_settings(path):
     assert settings["name"] == path.stem
     assert list(settings["runs"]) == settings["methods"]
     assert {method_of(run) for run in settings["methods"]} <= {"sft", *METHODS}
+
+
+def test_every_profile_has_the_same_pipeline():
+    texts = {path.stem: (path.with_suffix("") / "dvc.yaml").read_text().replace(path.stem, "NAME") for path in PROFILES}
+    assert len(texts) == 4
+    assert len(set(texts.values())) == 1
