@@ -176,6 +176,25 @@ def test_prompts_carry_their_own_special_tokens_and_are_tokenised_without_more(t
         profile.within(rows, tokenizer, longest=1)
 
 
+def test_the_colab_notebook_runs_on_a_cpu_with_small_models(small):
+    """Executed as CI has it: by papermill, with parameters of its own."""
+    import papermill
+
+    parameters = {
+        "profile": str(small.resolve()),
+        "overrides": ["methods=[sft,cmdp]", "seeds=[0]", "train.max_steps=2"],
+    }
+    papermill.execute_notebook(
+        str(ROOT / "notebooks" / "colab.ipynb"),
+        "executed.ipynb",
+        parameters=parameters,
+        progress_bar=False,
+        kernel_name="python3",
+    )
+    assert {path.name for path in Path("results/small/runs").iterdir()} == {"sft-0.csv", "cmdp-0.csv"}
+    assert "right answers" in Path("executed.ipynb").read_text()
+
+
 # ---- the profiles of the repository ----
 
 
