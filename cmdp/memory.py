@@ -20,6 +20,10 @@ FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
 # of the process: CUDA's context, its libraries' workspaces and what the allocator leaves unused; or Python's libraries
 OVERHEAD = {"cuda": 1.0 * GIB, "cpu": 0.7 * GIB}
 TILE = (4096, 32768)  # tokens by vocabulary of TRL's kernels, in float32
+# Tiles at a time, and activations as a multiple of what autograd saves. A GPU's kernels work in place; on a CPU each
+# step over a tile is a copy, and freed memory does not all return: these two were fitted to the peaks of two processes.
+TILES = {"cuda": 3, "cpu": 8}
+KEPT = {"cuda": 1.0, "cpu": 1.5}
 PHASES = ("generation", "scoring", "update")
 
 
@@ -28,17 +32,18 @@ def memory_sum(
     teacher: ModelSpec,
     settings: dict,
     prompt_length: int,
-    vocab_size: int,
-    device: torch.device,
+    device_type: str,
     dtype: torch.dtype,
+    available: float,
 ) -> dict[str, float]:
     """Bytes by item. Items named for one of `PHASES` ("update: activations") are there in that phase only.
 
     Args:
-        settings: fields of `CMDPConfig` that size matters to: batch, completion length, checkpointing, optimiser.
+        settings: fields of `CMDPConfig`: batch, completion length, checkpointing, optimiser.
         prompt_length: the longest prompt's, in tokens.
-        vocab_size: the tokenizer's.
-        dtype: what `device` computes in.
+        device_type: "cuda" or "cpu".
+        dtype: what the device computes in.
+        available: bytes that it has.
     """
     size, tokens = dtype.itemsize, prompt_length + settings["max_completion_length"]
     batch = settings.get("per_device_train_batch_size", 8)
@@ -70,11 +75,11 @@ def memory_sum(
     logits = rollouts * text[0].vocab_size * 4
     if settings.get("use_vllm") and settings.get("vllm_mode", "colocate") == "colocate":
         share = settings.get("vllm_gpu_memory_utilization", 0.3)
-        items["vLLM's share of the device"] = share * device_memory(device)
+        items["vLLM's share of the device"] = share * available
     elif not settings.get("use_vllm"):
         items["generation: keys and values"] = rollouts * tokens * text[0].num_hidden_layers * 2 * heads * width * size
         items["generation: logits and what is drawn from"] = 3 * logits
-    tile = min(batch * settings["max_completion_length"], TILE[0]) * min(vocab_size, TILE[1]) * 4  # float32
+    tile = min(batch * settings["max_completion_length"], TILE[0]) * min(text[0].vocab_size, TILE[1]) * 4  # float32
     items["rollouts: teacher's hidden states"] = (
         rollouts * settings["max_completion_length"] * text[1].hidden_size * size
     )
@@ -85,14 +90,14 @@ def memory_sum(
     else:
         kept = layers * layer + layer  # and the gradients of the layer that is being differentiated
     for phase, amount in (("scoring", layer), ("update", kept + other)):
-        items[f"{phase}: activations"] = amount
-        items[f"{phase}: logits of both models, in tiles"] = 3 * tile
+        items[f"{phase}: activations"] = amount * KEPT[device_type]
+        items[f"{phase}: logits of both models, in tiles"] = tile * TILES[device_type]
     if not student.trains_adapter and size < 4:
         items["update: weights in the computing dtype"] = trained * size
     packed = [max(map(torch.numel, _linear(m))) for m, s in zip(models, (student, teacher), strict=True) if s.four_bit]
     if packed:
         items["scoring: a 4-bit layer, unpacked"] = items["update: a 4-bit layer, unpacked"] = max(packed) * size
-    items["process"] = OVERHEAD[device.type]
+    items["process"] = OVERHEAD[device_type]
     return items
 
 
@@ -103,11 +108,11 @@ def peak(items: dict[str, float]) -> float:
     return always + max(sum(amount for name, amount in items.items() if phase_of[name] == phase) for phase in PHASES)
 
 
-def check_memory(items: dict[str, float], device: torch.device) -> None:
-    """Print the sum, item by item. Raises `ValueError` if `device` has less."""
+def check_memory(items: dict[str, float], available: float) -> None:
+    """Print the sum, item by item. Raises `ValueError` if there are not so many bytes."""
     for name, amount in items.items():
         print(f"{amount / GIB:8.2f} GiB  {name}")
-    need, available = peak(items), device_memory(device)
+    need = peak(items)
     print(
         f"{need / GIB:8.2f} GiB  in all (generation, scoring and update take turns); "
         f"the device has {available / GIB:.1f} GiB"

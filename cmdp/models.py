@@ -133,7 +133,7 @@ def pick_device(use_cpu: bool = False) -> torch.device:
 
 
 def pick_dtype(device: torch.device) -> torch.dtype:
-    """The dtype that `device` computes in: bfloat16 where the hardware has it, else float16 (a T4); float32 on CPUs."""
+    """The dtype that `device` computes in: bfloat16 where its hardware has it, else float16 (a T4); on CPU float32."""
     if device.type != "cuda":
         return torch.float32
     # `is_bf16_supported` says yes for a T4, which emulates it, slowly
@@ -199,8 +199,8 @@ def shared_tokenizer(student: str | Path | ModelSpec, teacher: str | Path | Mode
 def load_pair(student: str | Path | ModelSpec, teacher: str | Path | ModelSpec, use_cpu: bool = False) -> tuple:
     """(student, teacher, tokenizer), from local paths, or from specs, ready to train.
 
-    A student that trains an adapter is a `PeftModel`; another is loaded in float32, which its optimiser needs.
-    A teacher of the same base as such a student's, with an adapter or without (an anchor: the student before training),
+    A student that trains an adapter is a `PeftModel`; one that does not is loaded in float32, as its optimiser needs.
+    A teacher of the same base as an adapter's, with one of its own or without (an anchor: the student before training),
     uses the student's copy of the base weights. The teacher is always an ordinary transformers model.
 
     Raises:
@@ -239,7 +239,7 @@ def load_pair(student: str | Path | ModelSpec, teacher: str | Path | ModelSpec, 
 
 
 def same_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A second model on the very weights of `model`: its modules are its own, so that an adapter, a patched forward or
+    """A second model on the very weights of `model`. Its modules are its own, so that an adapter, a patched forward or
     a mode put on one does not touch the other; its parameters and buffers are not copied."""
     memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     states = [vars(module)["quant_state"] for module in model.modules() if "quant_state" in vars(module)]

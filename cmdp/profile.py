@@ -11,18 +11,20 @@ interrupted goes on from its last checkpoint. The profile NAME.yaml keeps its fi
 results/NAME.
 """
 
+import contextlib
 import copy
 import dataclasses
 import gc
 import inspect
 import json
+import os
 import shutil
 from pathlib import Path
 
 import yaml
 
 from cmdp import runs
-from cmdp.memory import check_memory, memory_sum
+from cmdp.memory import check_memory, device_memory, memory_sum
 from cmdp.methods import method_of
 from cmdp.models import ModelSpec, model_spec, pick_device, pick_dtype, shared_tokenizer
 from cmdp.storage import checkpoint_folder, whole
@@ -90,9 +92,15 @@ def specs(profile: dict) -> tuple[ModelSpec, ModelSpec]:
 
 
 def data(profile: dict) -> None:
-    """Read or draw the problems, once: data/NAME/SPLIT.jsonl."""
+    """Read or draw the problems, and write them as the models read them: data/NAME/SPLIT.jsonl."""
     settings = {key: value for key, value in profile["task"].items() if key not in ("name", "prompt_length")}
-    splits = load_task(profile["task"]["name"]).problems(**settings)
+    task = load_task(profile["task"]["name"])
+    known = inspect.signature(task.problems).parameters
+    if unknown := sorted(set(settings) - set(known)):
+        raise ValueError(f"task.{unknown[0]} means nothing to the task {profile['task']['name']}.")
+    if "tokenizer" in known:  # whose chat template the prompts are written in
+        settings["tokenizer"] = shared_tokenizer(*specs(profile))
+    splits = task.problems(**settings)
     with whole(Path("data", profile["name"])) as folder:
         for name, rows in splits.items():
             lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -102,11 +110,14 @@ def data(profile: dict) -> None:
 def memory(profile: dict) -> None:
     """Print what training takes, and raise if the machine has less."""
     device = pick_device(profile["train"].get("use_cpu", False))
-    tokenizer = shared_tokenizer(*specs(profile))
+    shared_tokenizer(*specs(profile))  # raises if a divergence is not defined
     settings = _train_settings(profile, None, None)
     longest = profile["task"]["prompt_length"]
-    items = memory_sum(*specs(profile), settings, longest, len(tokenizer), device, pick_dtype(device))
-    check_memory(items, device)
+    available = device_memory(device)
+    check_memory(
+        memory_sum(*specs(profile), settings, longest, device.type, pick_dtype(device), available),
+        available,
+    )
 
 
 def train(profile: dict, run: str, seed: int) -> None:
@@ -121,19 +132,23 @@ def train(profile: dict, run: str, seed: int) -> None:
     problems = read_problems(problems_file)
     student, teacher = specs(profile)
     made_by = {"method": method, "settings": settings, "models": _content(student) + _content(teacher)}
-    checkpoints, resume = checkpoint_folder(f"{profile['name']}/{name}", made_by, [problems_file])
+    with _main_process_first(settings.get("use_cpu", False)):
+        checkpoints, resume = checkpoint_folder(f"{profile['name']}/{name}", made_by, [problems_file])
     if _finished(checkpoints, target):
         print(f"{target} is finished.")
         return
     device = pick_device(settings.get("use_cpu", False))
-    tokenizer = shared_tokenizer(student, teacher)
-    longest = profile["task"]["prompt_length"]
-    check_memory(memory_sum(student, teacher, settings, longest, len(tokenizer), device, pick_dtype(device)), device)
+    shared_tokenizer(student, teacher)  # raises if a divergence is not defined
+    longest, available = profile["task"]["prompt_length"], device_memory(device)
+    check_memory(
+        memory_sum(student, teacher, settings, longest, device.type, pick_dtype(device), available),
+        available,
+    )
     student, teacher, tokenizer = load_pair(student, teacher, settings.get("use_cpu", False))
     log = []
     if method != "sft":
         task = load_task(profile["task"]["name"])
-        problems = with_prompts(problems, task, tokenizer, profile["task"]["prompt_length"])
+        problems = within(problems, tokenizer, longest)
         with runs.steps_to(checkpoints / "steps.txt"):
             log = methods.train(
                 method,
@@ -146,6 +161,8 @@ def train(profile: dict, run: str, seed: int) -> None:
                 resume,
                 {**_precision(device), **settings},
             )
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
     runs.write_log(log, Path("results", profile["name"]), Path("models", profile["name"], "timing"), name)
     with whole(target) as folder:
         student.save_pretrained(folder)
@@ -190,7 +207,7 @@ def evaluate(profile: dict, run: str, seed: int) -> None:
             teacher,
             tokenizer,
             task,
-            with_prompts(problems, task, tokenizer, profile["task"]["prompt_length"]),
+            within(problems, tokenizer, profile["task"]["prompt_length"]),
             settings["samples"],
             limit,
             settings["batch_size"],
@@ -205,11 +222,13 @@ def collect(profile: dict) -> None:
     runs.collect(profile, Path("results", profile["name"]), Path("models", profile["name"], "timing"))
 
 
-def with_prompts(problems: list[dict], task, tokenizer, longest: int) -> list[dict]:
-    """The problems with `prompt` as the model reads it, special tokens included, less those over `longest` tokens."""
+def within(problems: list[dict], tokenizer, longest: int) -> list[dict]:
+    """The problems with the token that starts every text in their prompts, less those over `longest` tokens.
+
+    Raises:
+        ValueError: none is left.
+    """
     prompts = [row["prompt"] for row in problems]
-    if "tokenizer" in inspect.signature(task.render).parameters:
-        prompts = [task.render(tokenizer, prompt) for prompt in prompts]
     start = tokenizer.bos_token or ""
     if start and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:  # it starts every text
         prompts = [prompt if prompt.startswith(start) else start + prompt for prompt in prompts]
@@ -272,6 +291,15 @@ def _finish(checkpoints: Path) -> None:
     for path in checkpoints.glob("checkpoint-*"):
         shutil.rmtree(path)
     (checkpoints / "finished.txt").write_text("Its outputs are written.\n")
+
+
+def _main_process_first(use_cpu: bool):
+    """Where several processes train together, a context that the first of them goes through before the others."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return contextlib.nullcontext()
+    from accelerate import PartialState
+
+    return PartialState(cpu=use_cpu).main_process_first()
 
 
 def _free() -> None:

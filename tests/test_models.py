@@ -1,4 +1,4 @@
-"""Real architectures, small, of random weights, loaded in every way that a parameter file can ask for, and trained."""
+"""Real architectures, small and of random weights, loaded in every way that a profile can ask for, and trained."""
 
 import copy
 import math
@@ -128,6 +128,21 @@ def test_a_step_changes_what_is_trained_and_nothing_else(tmp_path, family, way):
     assert len(changed) >= len(trained) / 2
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"bf16": True}, {"divergence": "k3"}], ids=str)
+def test_a_shared_base_trains_under_checkpointing_autocast_and_sampled_divergences(tmp_path, four_bit, options):
+    base = write_model(tmp_path / "base", "qwen2", seed=0)
+    teacher = ModelSpec(base, four_bit=four_bit, adapter=write_adapter(tmp_path / "adapter", base, 3))
+    student, teacher, tokenizer = load_pair(ModelSpec(base, four_bit=four_bit, lora=LORA), teacher, True)
+    frozen, trained = frozen_and_trained(student)
+    log = distil(student, teacher, tokenizer, tmp_path / "out", **options)
+    assert all(math.isfinite(entry["loss"]) for entry in log if "loss" in entry)
+    assert all(entry["cost/mean"] != 0 for entry in log if "csr" in entry)
+    after_frozen, after_trained = frozen_and_trained(student)
+    assert all(torch.equal(after_frozen[name], frozen[name]) for name in frozen)
+    assert any(not torch.equal(after_trained[name], trained[name].to(after_trained[name])) for name in trained)
 
 
 @pytest.mark.parametrize("four_bit", [False, True])

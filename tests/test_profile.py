@@ -1,4 +1,4 @@
-"""Profiles: what a parameter file of real models may say, and a whole experiment on small ones, run by the command."""
+"""Profiles: what a parameter file of real models may say, and an experiment on small ones from the command line."""
 
 import json
 import sys
@@ -48,7 +48,7 @@ def small(tmp_path, monkeypatch):
             "use_cpu": True,
         },
         "methods": ["sft", "cmdp"],
-        "runs": {"cmdp": {"lam": 1.0}},
+        "runs": {"sft": {}, "cmdp": {"lam": 1.0}},
         "seeds": [0, 1],
         "evaluate": {"split": "test", "prompts": 3, "samples": 2, "batch_size": 4},
     }
@@ -166,14 +166,33 @@ def test_prompts_carry_their_own_special_tokens_and_are_tokenised_without_more(t
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 2)])
     assert tokenizer("a b").input_ids == [2, 3, 4]
     rows = [{"prompt": "a b", "answer": "c"}, {"prompt": "a b c d e f g", "answer": "d"}]
-    problems = profile.with_prompts(rows, arithmetic, tokenizer, longest=4)
+    problems = profile.within(rows, tokenizer, longest=4)
     assert [row["answer"] for row in problems] == ["c"]  # the other is too long
     assert problems[0]["prompt"] == "<unk>a b"
     assert profile._plain(tokenizer)(problems[0]["prompt"]).input_ids == [2, 3, 4]
     assert tokenizer("a b").input_ids == [2, 3, 4]  # what is saved with the student
-    assert profile.with_prompts(rows[:1], arithmetic, plain, longest=4)[0]["prompt"] == "a b"
+    assert profile.within(rows[:1], plain, longest=4)[0]["prompt"] == "a b"
     with pytest.raises(ValueError, match=r"raise task\.prompt_length"):
-        profile.with_prompts(rows, arithmetic, tokenizer, longest=1)
+        profile.within(rows, tokenizer, longest=1)
+
+
+def test_the_colab_notebook_runs_on_a_cpu_with_small_models(small):
+    """Executed as CI has it: by papermill, with parameters of its own."""
+    import papermill
+
+    parameters = {
+        "profile": str(small.resolve()),
+        "overrides": ["methods=[sft,cmdp]", "seeds=[0]", "train.max_steps=2"],
+    }
+    papermill.execute_notebook(
+        str(ROOT / "notebooks" / "colab.ipynb"),
+        "executed.ipynb",
+        parameters=parameters,
+        progress_bar=False,
+        kernel_name="python3",
+    )
+    assert {path.name for path in Path("results/small/runs").iterdir()} == {"sft-0.csv", "cmdp-0.csv"}
+    assert "right answers" in Path("executed.ipynb").read_text()
 
 
 # ---- the profiles of the repository ----
@@ -183,5 +202,11 @@ def test_prompts_carry_their_own_special_tokens_and_are_tokenised_without_more(t
 def test_profiles_are_complete_and_name_known_settings(path):
     settings = profile.read(path, [])
     assert settings["name"] == path.stem
-    assert set(settings["runs"]) <= set(settings["methods"])
+    assert list(settings["runs"]) == settings["methods"]
     assert {method_of(run) for run in settings["methods"]} <= {"sft", *METHODS}
+
+
+def test_every_profile_has_the_same_pipeline():
+    texts = {path.stem: (path.with_suffix("") / "dvc.yaml").read_text().replace(path.stem, "NAME") for path in PROFILES}
+    assert len(texts) == 4
+    assert len(set(texts.values())) == 1
