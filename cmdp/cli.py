@@ -80,7 +80,8 @@ def evaluate(params: dict, arguments: argparse.Namespace) -> None:
 
 def measure(params: dict, pair: tuple, seed: int) -> dict[str, pd.DataFrame]:
     """The tables of one student, its teacher and their tokenizer: completions of held-out prompts (`runs`), of longer
-    problems (`longer`), and the cumulative cost by position (`positions`)."""
+    problems (`longer`), the cumulative cost by position (`positions`), and the texts whose answer is right and whose
+    steps are not (`examples`)."""
     from cmdp.evaluation import evaluate as measure
     from cmdp.tasks import load_task, read_problems
 
@@ -90,6 +91,9 @@ def measure(params: dict, pair: tuple, seed: int) -> dict[str, pd.DataFrame]:
     completions, positions = measure(
         *pair, task, held_out, settings["samples"], limit, settings["batch_size"], seed, settings["greedy"]
     )
+    right_by_chance = completions.query("decoding == 'sampled' and correct == 1 and valid == 0")
+    problems = [held_out[index]["prompt"].strip() for index in right_by_chance["prompt"]]
+    examples = right_by_chance[["prompt", "completion"]].assign(problem=problems)
     more, _ = measure(
         *pair,
         task,
@@ -100,7 +104,8 @@ def measure(params: dict, pair: tuple, seed: int) -> dict[str, pd.DataFrame]:
         seed,
         greedy=False,
     )
-    return {"runs": completions, "positions": positions, "longer": more}
+    completions, more = (table.drop(columns="completion") for table in (completions, more))
+    return {"runs": completions, "positions": positions, "longer": more, "examples": examples}
 
 
 def collect(params: dict, _: argparse.Namespace) -> None:

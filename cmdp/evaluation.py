@@ -38,7 +38,7 @@ def evaluate(
         completions: a row a completion, with `prompt` (its index), `decoding`, `correct`, `valid` (every step right),
             `tokens`, `truncated`, `entropy` (mean, nats a token), `cost` (C, nats), `peak` (the costliest token's),
             `confidence` (the student's probability of the last token before the end, the answer's) and, where the task
-            tells styles apart, `style`.
+            tells styles apart, `style`; and `completion`, the text.
         positions: for sampled completions and each position, how many reach it (`count`) and, over all, mean and
             quantiles of the cumulative cost C_t in nats, constant after a completion's end.
     """
@@ -72,6 +72,7 @@ def evaluate(
                         "cost": cost[i].sum().item(),
                         "peak": cost[i].max().item(),
                         "confidence": confidence[i].item(),
+                        "completion": text,
                         **({"style": task.style(text)} if hasattr(task, "style") else {}),
                     }
                 )

@@ -200,6 +200,7 @@ def evaluate(profile: dict, run: str, seed: int) -> None:
     device = pick_device(use_cpu)
     student, teacher, tokenizer = load_pair(student, teacher, use_cpu)
     task = load_task(profile["task"]["name"])
+    problems = within(problems, tokenizer, profile["task"]["prompt_length"])
     # as in training: float32 weights compute in the device's dtype
     with torch.autocast(device.type, pick_dtype(device), enabled=device.type == "cuda"):
         completions, positions = measure(
@@ -207,13 +208,16 @@ def evaluate(profile: dict, run: str, seed: int) -> None:
             teacher,
             tokenizer,
             task,
-            within(problems, tokenizer, profile["task"]["prompt_length"]),
+            problems,
             settings["samples"],
             limit,
             settings["batch_size"],
             seed,
         )
-    runs.write_measures({"runs": completions, "positions": positions}, results, run, seed)
+    texts = completions.query("decoding == 'sampled'")  # what `cmdp judge` reads
+    texts = texts.assign(prompt=[problems[index]["prompt"] for index in texts["prompt"]])[["prompt", "completion"]]
+    completions = completions.drop(columns="completion")
+    runs.write_measures({"runs": completions, "positions": positions, "texts": texts}, results, run, seed)
     _finish(mark)
 
 
