@@ -169,12 +169,12 @@ def trial(params: dict, arguments: argparse.Namespace) -> None:
 
 def arm(params: dict, arguments: argparse.Namespace) -> None:
     """Train and measure one arm of the study, all of its seeds: results/study/NAME.csv."""
-    from cmdp import study
+    from cmdp.study.arms import arm as train_and_measure
 
     settings = read_params(STUDY)["arms"][arguments.name]
     params["evaluate"]["greedy"] = False
     paths = {"data": DATA, "models": MODELS}
-    done = [study.arm(params, settings, measure, paths, arguments.name, seed) for seed in settings["seeds"]]
+    done = [train_and_measure(params, settings, measure, paths, arguments.name, seed) for seed in settings["seeds"]]
     tables, times, checkpoints = zip(*done, strict=True)
     write_table(pd.concat(times, ignore_index=True), MODELS / "timing" / f"study-{arguments.name}.csv")
     write_table(pd.concat(tables, ignore_index=True), RESULTS / "study" / "arms" / f"{arguments.name}.csv")

@@ -1,4 +1,4 @@
-"""The study: arms beside the default experiment's runs, and all of their completions in one table (method, 7 to 10).
+"""Arms: methods with settings of their own beside the default experiment, and all of their completions in one table.
 
 An arm is a method with settings of its own, from a student of its own, over some seeds (study/params.yaml). It keeps no
 model: each seed is trained, measured and let go.
