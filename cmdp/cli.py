@@ -114,11 +114,15 @@ def collect(params: dict, _: argparse.Namespace) -> None:
 
 
 def figures(params: dict, arguments: argparse.Namespace) -> None:
-    """Draw every figure of the default experiment, or of the theory study, from its results files."""
+    """Draw every figure of the default experiment, of the theory or of the study, from its results files."""
     if arguments.subject == "theory":
         from cmdp.theory.figures import draw_all
 
         draw_all(RESULTS / "theory", FIGURES / "theory")
+    elif arguments.subject == "study":
+        from cmdp.study.figures import draw_all
+
+        draw_all(RESULTS / "study", FIGURES / "study")
     else:
         from cmdp.figures import draw_all
 
@@ -281,7 +285,7 @@ def main() -> None:
         if stage is supervised:
             command.add_argument("role", help="a section of the parameters: teacher, student, student-half, ...")
         if stage is figures:
-            command.add_argument("subject", nargs="?", choices=("default", "theory"), default="default")
+            command.add_argument("subject", nargs="?", choices=("default", "theory", "study"), default="default")
         if stage in (notebook, arm):
             command.add_argument("name")
         if stage is export:

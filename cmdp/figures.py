@@ -18,6 +18,15 @@ FAMILIES = {
     "cmdp": (PALETTE[3], "D"),
     "cmdp-overshoot": (PALETTE[4], "^"),
     "cmdp-hinge": (PALETTE[5], "p"),
+    "cmdp-adaptive": ((0.35, 0.05, 0.25), "H"),
+    "saute-constant": (PALETTE[6], "d"),
+    "worst-case": (PALETTE[8], (6, 1, 0)),
+    "dual": (PALETTE[9], "<"),
+    "minillm": ((0.0, 0.3, 0.25), ">"),
+    "kdrl": ((0.15, 0.2, 0.55), "h"),
+    "trl-grpo": ((0.6, 0.35, 0.0), (4, 1, 45)),
+    "trl-gkd": ((0.3, 0.75, 0.5), (4, 1, 0)),
+    "teacher": ((0.0, 0.0, 0.0), "*"),
 }
 MARKERS = {"weak": "v", "medium": "o", "strong": "^"}
 
@@ -32,7 +41,6 @@ def style(run: str) -> tuple:
 def draw_all(results: Path, folder: Path, budget: float) -> None:
     """Draw every figure into `folder`, which is replaced as a whole."""
     sns.set_theme(context="paper", style="whitegrid", font_scale=1.1)
-    plt.rcParams["svg.hashsalt"] = "cmdp"  # the same figure gives the same file
     summary = pd.read_csv(results / "summary.csv")
     curves = pd.read_csv(results / "curves.csv")
     positions = pd.read_csv(results / "positions.csv")
@@ -44,9 +52,15 @@ def draw_all(results: Path, folder: Path, budget: float) -> None:
             "cost_distribution": cost_distribution(completions, list(summary["run"].unique()), budget),
             "training": training(curves),
         }.items():
-            figure.savefig(unfinished / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
-            figure.savefig(unfinished / f"{name}.png", bbox_inches="tight", dpi=160)
-            plt.close(figure)
+            save(figure, unfinished, name)
+
+
+def save(figure: plt.Figure, folder: Path, name: str) -> None:
+    """Write a figure into `folder` as SVG and PNG, the same bytes for the same figure, and close it."""
+    with plt.rc_context({"svg.hashsalt": "cmdp"}):
+        figure.savefig(folder / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
+        figure.savefig(folder / f"{name}.png", bbox_inches="tight", dpi=160)
+    plt.close(figure)
 
 
 def frontier(summary: pd.DataFrame, budget: float) -> plt.Figure:

@@ -11,23 +11,20 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.ticker import PercentFormatter
 
+from cmdp.figures import PALETTE, save
 from cmdp.storage import whole
 from cmdp.theory import OURS
 
-COLOURS = sns.color_palette("colorblind")
-BLUE, ORANGE, GREEN, RED, GREY = COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[3], (0.45, 0.45, 0.45)
+BLUE, ORANGE, GREEN, RED, GREY = *PALETTE[:4], (0.45, 0.45, 0.45)
 
 
 def draw_all(results: Path, folder: Path) -> None:
     """Draw every figure into `folder`, which is replaced as a whole."""
-    plt.rcParams["svg.hashsalt"] = "cmdp"  # the same figure gives the same file
     with whole(folder) as unfinished:
         for draw in (learners, frontier, average, penalty, jump, exact_penalty, example):
             with sns.axes_style("ticks"), sns.plotting_context("paper", font_scale=1.1):
                 figure = draw(results)
-            figure.savefig(unfinished / f"{draw.__name__}.svg", bbox_inches="tight", metadata={"Date": None})
-            figure.savefig(unfinished / f"{draw.__name__}.png", bbox_inches="tight", dpi=160)
-            plt.close(figure)
+            save(figure, unfinished, draw.__name__)
 
 
 def learners(results: Path) -> plt.Figure:
@@ -102,8 +99,8 @@ def frontier(results: Path) -> plt.Figure:
         "cmdp-overshoot-margin": ("s", GREEN),
         "cmdp": ("D", RED),
         "gkd-grpo": ("^", ORANGE),
-        "dual": ("v", COLOURS[4]),
-        "worst-case": ("P", COLOURS[5]),
+        "dual": ("v", PALETTE[4]),
+        "worst-case": ("P", PALETTE[5]),
     }
     for method, part in rows.groupby("method", sort=False):
         marker, colour = highlighted.get(method, ("x", GREY))
@@ -146,6 +143,16 @@ def average(results: Path) -> plt.Figure:
     return figure
 
 
+def _row_of_three(titles: dict[str, str], xlabel: str, ylabel: str) -> tuple[plt.Figure, dict[str, plt.Axes]]:
+    """Three panels side by side over one vertical axis, by the keys of their titles."""
+    figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.0), sharey=True)
+    for axis, title in zip(axes, titles.values(), strict=True):
+        axis.set_title(title, fontsize=9.5)
+        axis.set(xlabel=xlabel)
+    axes[0].set(ylabel=ylabel)
+    return figure, dict(zip(titles, axes, strict=True))
+
+
 def penalty(results: Path) -> plt.Figure:
     """Section 4 (a): the maximiser's violation against the penalty n, under its bound."""
     rows = pd.read_csv(results / "penalty_bound.csv")
@@ -154,19 +161,18 @@ def penalty(results: Path) -> plt.Figure:
         "one parameter": "one-parameter student, budget in total",
         "per token": "any policy, budget per token",
     }
-    figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.0), sharey=True)
-    for axis, (case, title) in zip(axes, titles.items(), strict=True):
+    figure, axes = _row_of_three(titles, "penalty n", "P(C > d)")
+    for case, axis in axes.items():
         part = rows[rows["case"] == case].groupby("n")[["p", "bound"]].mean()
         axis.plot(part.index, part["bound"], color="black", ls="--", lw=1.2, label="bound $(1 - J_c) / (1 + n)$")
         axis.plot(part.index, part["p"], "o-", color=BLUE, ms=4, label="maximiser of J̃", clip_on=False)
         axis.set_xscale("symlog", linthresh=0.1)
-        axis.set(title=title, xlabel="penalty n", xlim=(0, None))
-        axis.title.set_fontsize(9.5)
+        axis.set(xlim=(0, None))
         axis.set_xticks([0, 0.1, 1, 10, 100], ["0", "0.1", "1", "10", "100"])
         axis.minorticks_off()
-    axes[0].set(ylabel="P(C > d)", ylim=(0, 1.05 * rows.groupby(["case", "n"])["bound"].mean().max()))
-    axes[0].yaxis.set_major_formatter(PercentFormatter(1))
-    axes[2].legend(fontsize=8, frameon=False)
+    axis.set(ylim=(0, 1.05 * rows.groupby(["case", "n"])["bound"].mean().max()))
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
+    axis.legend(fontsize=8, frameon=False)
     sns.despine(figure)
     figure.tight_layout()
     return figure
@@ -180,18 +186,15 @@ def jump(results: Path) -> plt.Figure:
         "overshoot": "overshoot: R jumps",
         "hinge": "hinge (ours): nothing does",
     }
-    figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.0), sharey=True)
-    for axis, (form, title) in zip(axes, titles.items(), strict=True):
+    figure, axes = _row_of_three(titles, "from the teacher to the soft optimum", "J̃")
+    for form, axis in axes.items():
         value = line[form].to_numpy()
         # break the line where it jumps: between neighbours that differ by far more than the formula says
         steep = np.abs(np.diff(value) - np.diff(line[f"{form}_integrated"])) > 2e-3
         broken = np.where(np.append(steep, False), np.nan, value)
         axis.plot(line["position"], broken, color=BLUE, lw=1.8, label="J̃")
         axis.plot(line["position"], line[f"{form}_integrated"], color=ORANGE, ls="--", lw=1.4, label="∫ formula (c)")
-        axis.set_title(title, fontsize=9.5)
-        axis.set(xlabel="from the teacher to the soft optimum")
-    axes[0].set_ylabel("J̃")
-    axes[0].legend(fontsize=8, frameon=False)
+    axes["exhausted"].legend(fontsize=8, frameon=False)
     sns.despine(figure)
     figure.tight_layout()
     return figure
