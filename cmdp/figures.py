@@ -20,7 +20,7 @@ FAMILIES = {
     "cmdp-hinge": (PALETTE[5], "p"),
     "cmdp-adaptive": ((0.35, 0.05, 0.25), "H"),
     "saute-constant": (PALETTE[6], "d"),
-    "worst-case": (PALETTE[8], (6, 1, 0)),
+    "worst-case": ((0.65, 0.6, 0.0), (6, 1, 0)),
     "dual": (PALETTE[9], "<"),
     "minillm": ((0.0, 0.3, 0.25), ">"),
     "kdrl": ((0.15, 0.2, 0.55), "h"),
@@ -31,10 +31,14 @@ FAMILIES = {
 MARKERS = {"weak": "v", "medium": "o", "strong": "^"}
 
 
+def family(run: str) -> str:
+    """The method that a run or an arm is named for."""
+    return max((name for name in FAMILIES if run.startswith(name)), key=len, default="sft")
+
+
 def style(run: str) -> tuple:
     """(colour, marker) of a run, the same in every figure."""
-    family = max((name for name in FAMILIES if run.startswith(name)), key=len, default="sft")
-    colour, marker = FAMILIES[family]
+    colour, marker = FAMILIES[family(run)]
     return colour, MARKERS.get(run.rpartition("-")[2], marker)
 
 
