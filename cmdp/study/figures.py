@@ -64,8 +64,11 @@ def frontier(results: Path) -> plt.Figure:
     """Accuracy against CSR, a panel a budget: the soft Lagrangians joined, what was trained for the budget ringed."""
     table = _read(results, "frontier")
     budgets = sorted(table["budget"].unique())
-    rows = -(-len(budgets) // 2)
-    figure, grid = plt.subplots(rows, 2, figsize=(8.4, 2.9 * rows), sharey=True, squeeze=False, layout="constrained")
+    columns = 3 if len(budgets) == 3 else 2
+    rows = -(-len(budgets) // columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(8.4, 2.6 * rows + 1), sharey=True, squeeze=False, layout="constrained"
+    )
     for axes, budget in zip(grid.flat, budgets, strict=False):
         part = table[table["budget"] == budget].set_index("method")
         soft = [run for run in _ordered(part.index) if family(run) == SOFT]
@@ -79,20 +82,21 @@ def frontier(results: Path) -> plt.Figure:
                 *(row[name] for name in ("csr", "accuracy")),
                 xerr=_reach(*row[["csr", "csr_low", "csr_high"]]),
                 yerr=_reach(*row[["accuracy", "accuracy_low", "accuracy_high"]]),
-                markeredgecolor="black" if aware else "white",
-                markersize=8 if aware else 7,
-                zorder=4 if aware else 3,
+                **({"markeredgecolor": "black", "markeredgewidth": 1.2, "zorder": 4} if aware else {"zorder": 3}),
             )
         axes.axvline(TARGET, color="black", linestyle="--", linewidth=1, zorder=1)
         axes.set_title(f"budget: {budget:g} {'nat' if budget == 1 else 'nats'}", loc="left", fontsize="medium")
         _percent(axes.xaxis, axes.yaxis)
     for axes in list(grid.flat)[len(budgets) :]:
         axes.set_visible(False)
-    figure.supxlabel("trajectories within the budget; dashed: the 95 % asked for", fontsize="medium")
     figure.supylabel("right answers", fontsize="medium")
-    figure.suptitle("Does a budget buy satisfaction, and at what price in right answers?", x=0.02, ha="left")
+    _titles(
+        figure,
+        "Does a budget buy satisfaction, and at what price in right answers?",
+        "trajectories within the budget; dashed: the 95 % asked for",
+    )
     extra = [plt.Line2D([], [], marker="o", linestyle="", color="white", markeredgecolor="black")]
-    _legend(figure, grid, (extra, ["black rim: trained\nfor this budget"]))
+    _legend(figure, grid, (extra, ["trained for this budget"]))
     return figure
 
 
@@ -117,8 +121,7 @@ def paired(results: Path) -> plt.Figure:
         axes.set_title(label, loc="left", fontsize="medium")
         axes.xaxis.set_major_locator(plt.MaxNLocator(4))
     _rows(grid, rows, rows)
-    figure.supxlabel(f"points more than {rival} (right of 0 is better)", fontsize="medium")
-    figure.suptitle(f"Who beats the best soft Lagrangian, {rival}?", x=0.02, ha="left")
+    _titles(figure, f"Who beats the best soft Lagrangian, {rival}?", f"points more than {rival} (right of 0 is better)")
     return figure
 
 
@@ -156,7 +159,7 @@ def sensitivity(results: Path) -> plt.Figure:
     colours = plt.Line2D([], [], color="black", marker="o", linewidth=1.8, markeredgecolor="white")
     shade = plt.Rectangle((0, 0), 1, 1, color="0.85")
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.suptitle("Over what range does λ work?", x=0.02, ha="left")
+    _titles(figure, "Over what range does λ work?")
     figure.legend(
         [colours, *handles, shade],
         [MEASURES["accuracy_within"], *labels, "within 5 % of the method's best"],
@@ -192,7 +195,7 @@ def ablations(results: Path) -> plt.Figure:
             for arm in (parent, *arms):
                 if (arm, measure) in table.index:
                     row = table.loc[(arm, measure)]
-                    size, rim = (8, "black") if arm == parent else (6, "white")
+                    size, rim = (7.5, "black") if arm == parent else (6, "white")
                     xerr = _reach(row["mean"], row["low"], row["high"])
                     _point(axes, parent, row["mean"], rows.index(arm), xerr=xerr, markersize=size, markeredgecolor=rim)
         axes.set_title(MEASURES[measure], loc="left", fontsize="medium")
@@ -201,8 +204,7 @@ def ablations(results: Path) -> plt.Figure:
     for label in grid[0].get_yticklabels():
         if label.get_text() in groups:
             label.set_fontweight("bold")
-    figure.supxlabel("shade and line: the method that is changed", fontsize="medium")
-    figure.suptitle("Which part of the method matters?", x=0.02, ha="left")
+    _titles(figure, "Which part of the method matters?", "shade and line: the method that is changed")
     return figure
 
 
@@ -228,8 +230,9 @@ def capacity(results: Path) -> plt.Figure:
         axes.minorticks_off()
         axes.set_title(MEASURES[measure], loc="left", fontsize="medium")
         _percent(axes.yaxis)
-    figure.supxlabel("student's parameters, as a share of the teacher's", fontsize="medium")
-    figure.suptitle("Does a wider gap to the teacher change who wins?", x=0.02, ha="left")
+    _titles(
+        figure, "Does a wider gap to the teacher change who wins?", "student's parameters, as a share of the teacher's"
+    )
     _legend(figure, grid)
     return figure
 
@@ -257,8 +260,11 @@ def violation(results: Path) -> plt.Figure:
         axes.set_xticks(list(place.values()), list(place), rotation=45, ha="right", rotation_mode="anchor")
         axes.set_title(label, loc="left", fontsize="medium")
         _percent(axes.yaxis)
-    figure.supxlabel("what a completion spent, as a multiple of the budget; dashed: all of it", fontsize="medium")
-    figure.suptitle("What breaks when the budget is exceeded?", x=0.02, ha="left")
+    _titles(
+        figure,
+        "What breaks when the budget is exceeded?",
+        "what a completion spent, as a multiple of the budget; dashed: all of it",
+    )
     _legend(figure, grid, ([plt.Line2D([], [], color="0.75", linewidth=0.8)], ["other methods"]))
     return figure
 
@@ -275,7 +281,7 @@ def drift(results: Path) -> plt.Figure:
         "style_distance": "distance from the teacher's phrasings",
         "longer_accuracy": "right answers to longer problems",
     }
-    figure, grid = plt.subplots(2, 2, figsize=(8.4, 5.6), sharex=True, layout="constrained")
+    figure, grid = plt.subplots(2, 2, figsize=(8.4, 6.2), sharex=True, layout="constrained")
     for axes, (measure, label) in zip(grid.flat, panels.items(), strict=True):
         for arm in _ordered(arms.index):
             if (arm, measure) not in table.index or (arm, "cost") not in table.index:
@@ -289,8 +295,11 @@ def drift(results: Path) -> plt.Figure:
             _point(axes, name, cost["mean"], row["mean"], **options)
         axes.set_title(label, loc="left", fontsize="medium")
         _percent(axes.yaxis)
-    figure.supxlabel("mean cost of a trajectory (nats from the teacher); small: other settings", fontsize="medium")
-    figure.suptitle("What does drifting from the teacher cost?", x=0.02, ha="left")
+    _titles(
+        figure,
+        "What does drifting from the teacher cost?",
+        "mean cost of a trajectory (nats from the teacher); small: other settings",
+    )
     _legend(figure, grid)
     return figure
 
@@ -321,9 +330,10 @@ def _reach(mean, low, high) -> np.ndarray:
 def _point(axes: plt.Axes, run: str, x, y, **options):
     """Points of a run in its colour and marker, with what bars there are."""
     colour, marker = style(run)
-    options = {"markersize": 7, "markeredgecolor": "white", "elinewidth": 0.9, "linestyle": "", "label": run} | options
+    usual = {"markersize": 7, "markeredgecolor": "white", "markeredgewidth": 0.6, "elinewidth": 0.9, "linestyle": ""}
+    options = usual | {"label": run} | options
     if marker == "*" or isinstance(marker, tuple):  # stars have less ink
-        options |= {"markersize": 1.6 * options["markersize"], "markeredgewidth": 0.6}
+        options["markersize"] *= 1.6
     return axes.errorbar(x, y, color=colour, marker=marker, **options)
 
 
@@ -334,6 +344,13 @@ def _near_best(values: np.ndarray, near: np.ndarray) -> list[tuple[float, float]
     middle = np.sqrt(values[1:] * values[:-1])
     edges = [values[0] ** 2 / middle[0], *middle, values[-1] ** 2 / middle[-1]]
     return [(edges[at], edges[at + 1]) for at in np.flatnonzero(near)]
+
+
+def _titles(figure: plt.Figure, question: str, below: str = "") -> None:
+    """The question that a figure answers, above it; what its horizontal axes show, below."""
+    figure.suptitle(question, x=0.01, ha="left", fontweight="bold", fontsize="medium")
+    figure.supxlabel(below, fontsize="medium")
+    figure.get_layout_engine().set(h_pad=0.07)
 
 
 def _percent(*axes) -> None:
@@ -350,11 +367,12 @@ def _rows(grid: np.ndarray, rows: list[str], labels: list[str]) -> None:
 
 
 def _legend(figure: plt.Figure, grid: np.ndarray, extra: tuple[list, list] = ([], [])) -> None:
-    """One legend for all panels, at the right: every run that any of them shows."""
+    """One legend for all panels, of every run that any of them shows: at the right, or below where it is long."""
     found = {}
     for axes in grid.flat:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     names = [*_ordered(found)]
     handles = [found[name] for name in names]
-    figure.legend([*handles, *extra[0]], [*names, *extra[1]], loc="outside right center", frameon=False)
+    place = {"loc": "outside right center"} if len(names) < 10 else {"loc": "outside lower center", "ncols": 5}
+    figure.legend([*handles, *extra[0]], [*names, *extra[1]], frameon=False, **place)
