@@ -1,6 +1,7 @@
 # Needs Python 3.11 to 3.13, git and make. Everything else is installed into .venv, from requirements.lock.
 #
 #   make repro   rebuild the default experiment: models, results, figures, notebooks
+#   make study   and all that the study adds: baselines, budgets, ablations, capacities, verdicts
 #   make smoke   the same pipeline, tiny, in a copy under .smoke/ that leaves your results alone
 #   make tune    choose every method's settings anew, on validation prompts, with equal effort
 #   make benchmark   time a training step next to TRL's own trainers
@@ -14,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup repro tune benchmark smoke test lint lab
+.PHONY: setup repro study tune benchmark smoke test lint lab
 
 setup: $(BIN)/.ready
 
@@ -27,7 +28,11 @@ $(BIN)/.ready: requirements.lock pyproject.toml
 repro: setup
 	./parallel.sh $(JOBS) data "theory supervised" train evaluate
 	dvc repro
-	cmdp table
+	cmdp report
+
+study: repro
+	cd study && ../parallel.sh $(JOBS) arm && dvc repro
+	cmdp report
 
 tune: setup
 	./parallel.sh $(JOBS) data supervised

@@ -186,6 +186,16 @@ def arm(params: dict, arguments: argparse.Namespace) -> None:
         shutil.rmtree(folder)
 
 
+def study(params: dict, _: argparse.Namespace) -> None:
+    """Compute every table of the study, and the verdicts."""
+    from cmdp.study import arms, claims, tables
+
+    settings, folder = read_params(STUDY), RESULTS / "study"
+    times = pd.concat([pd.read_csv(MODELS / "timing" / f"study-{name}.csv") for name in settings["arms"]])
+    tables.write_all(arms.read(RESULTS, settings["arms"]), times, params, settings, folder)
+    write_table(claims.judge(RESULTS, params, settings), folder / "claims.csv")
+
+
 def choose(params: dict, _: argparse.Namespace) -> None:
     """Choose each run's settings from the trials, and write them to tuning/chosen.yaml for the experiment to use."""
     from cmdp import tuning
@@ -195,13 +205,17 @@ def choose(params: dict, _: argparse.Namespace) -> None:
     write_table(trials.assign(chosen=trials.index.isin(best.index).astype(int)), RESULTS / "tuning.csv")
     chosen = {"sft": {}} | {row["run"]: tuning.settings_of(row) for _, row in best.iterrows()}
     header = "# Written by `cmdp choose` from results/tuning.csv: what each run adds to `train` in params.yaml.\n\n"
-    write_text(header + yaml.safe_dump({"runs": chosen}, sort_keys=False), CHOSEN)
+    leading = {"soft": tuning.best(trials, "gkd-grpo"), "ours": tuning.best(trials, "cmdp-")}
+    write_text(header + yaml.safe_dump({"best": leading, "runs": chosen}, sort_keys=False), CHOSEN)
 
 
-def table(params: dict, _: argparse.Namespace) -> None:
-    """Write the generated tables between their markers in README.md."""
+def report(params: dict, _: argparse.Namespace) -> None:
+    """Compute the verdict of each claim from the results, and write the generated tables of README.md."""
     from cmdp.report import readme
+    from cmdp.study import claims
 
+    verdicts = claims.judge(RESULTS, params, read_params(STUDY))
+    write_table(verdicts, RESULTS / "study" / "claims.csv")
     path = Path("README.md")
     write_text(readme(path.read_text(encoding="utf-8"), RESULTS, params["budget"]), path)
 
@@ -279,7 +293,7 @@ def main() -> None:
     parser.add_argument("--overlay", type=Path, help="a profile, laid over the parameters")
     commands = parser.add_subparsers(required=True, metavar="command")
     of_the_pipeline = (data, supervised, train, evaluate, collect, theory, figures, arm, notebook)
-    for stage in (*of_the_pipeline, memory, trial, choose, table, benchmark, export, judge, overlay):
+    for stage in (*of_the_pipeline, memory, trial, choose, study, report, benchmark, export, judge, overlay):
         command = commands.add_parser(stage.__name__, help=stage.__doc__)
         command.set_defaults(stage=stage)
         if stage is supervised:

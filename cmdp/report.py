@@ -85,6 +85,27 @@ def theory_table(results: Path) -> str:
     return "\n".join(lines)
 
 
+def claims_table(verdicts: pd.DataFrame) -> str:
+    """The claims and their verdicts as a Markdown table."""
+    lines = ["| | claim | published | verdict here | evidence | conditions |", "|---" * 6 + "|"]
+    for row in verdicts.itertuples():
+        cells = (row.id, row.claim, row.published, f"**{row.verdict}**", row.evidence, row.conditions)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def study_table(summary: pd.DataFrame) -> str:
+    """Every method of the study as a Markdown table: a row an arm, mean with its 95 % interval."""
+    methods = summary[summary["family"] == "method"]
+    table = methods.set_index(["arm", "measure"])
+    columns = COLUMNS | {"lucky": "right by wrong steps (%)", "longer_accuracy": "right on longer problems (%)"}
+    lines = ["| arm | seeds | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 2) + "|"]
+    for arm in methods["arm"].unique():
+        row = [_cell(table.loc[(arm, measure)], 1 if measure == "cost" else 100) for measure in columns]
+        lines.append(f"| {arm} | {table.loc[(arm, 'accuracy'), 'seeds']} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
 def fill(text: str, name: str, content: str) -> str:
     """`text` with what stands between the markers of `name` replaced. Raises `ValueError` where a marker is missing."""
     begin, end = f"<!-- {name}: generated -->\n", f"<!-- {name}: end -->"
@@ -99,4 +120,6 @@ def readme(text: str, results: Path, budget: dict) -> str:
     completions = pd.concat([pd.read_csv(path) for path in sorted((results / "runs").glob("*.csv"))])
     text = fill(text, "results", results_table(pd.read_csv(results / "summary.csv")))
     text = fill(text, "paired", paired_table(completions, pd.read_csv(results / "tuning.csv"), budget))
+    text = fill(text, "study", study_table(pd.read_csv(results / "study" / "summary.csv")))
+    text = fill(text, "claims", claims_table(pd.read_csv(results / "study" / "claims.csv")))
     return fill(text, "theory", theory_table(results / "theory"))

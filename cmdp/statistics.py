@@ -35,9 +35,9 @@ def bootstrap(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> 
     return np.einsum("rs,sp,rp->r", by_seed, values, by_prompt, optimize=True)
 
 
-def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
-    """(mean, low, high): the mean of `values` (seeds, prompts) and its 95 % bootstrap interval."""
-    low, high = np.quantile(bootstrap(values, seed), [0.025, 0.975])
+def interval(values: np.ndarray, seed: int = 0, level: float = 0.95) -> tuple[float, float, float]:
+    """(mean, low, high): the mean of `values` (seeds, prompts) and its bootstrap interval at `level`."""
+    low, high = np.quantile(bootstrap(values, seed), [(1 - level) / 2, (1 + level) / 2])
     return float(values.mean()), float(low), float(high)
 
 

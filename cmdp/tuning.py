@@ -17,6 +17,11 @@ def choose(trials: pd.DataFrame) -> pd.DataFrame:
     return trials.loc[trials.groupby("run", sort=False)[CRITERION].idxmax()]
 
 
+def best(trials: pd.DataFrame, family: str) -> str:
+    """The run that did best, by `CRITERION` on validation prompts, of those whose names begin with `family`."""
+    return trials.loc[trials[trials["run"].str.startswith(family)][CRITERION].idxmax(), "run"]
+
+
 def settings_of(trial: pd.Series) -> dict[str, float]:
     """What a trial set, without what it left alone."""
     return {name: float(trial[name]) for name in SETTINGS if name in trial and pd.notna(trial[name])}

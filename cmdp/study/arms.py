@@ -37,6 +37,7 @@ def arm(params: dict, settings: dict, measure, paths: dict[str, Path], name: str
     whole = [entry["train_runtime"] for entry in trained.log if "train_runtime" in entry]
     phases = pd.DataFrame([entry for entry in trained.log if "csr" in entry]).filter(like="time/").median()
     times = {"arm": name, "seed": seed, "steps": fields["max_steps"], "seconds": sum(whole), **phases}
+    times["parameters"] = trained.student.num_parameters()
     return table, pd.DataFrame([times]), trained.checkpoints
 
 

@@ -1,0 +1,253 @@
+"""A verdict for each of the paper's claims (method, section 9), computed from the tables of the study.
+
+The subject is `cmdp`, the paper's method as we read it. Differences are paired over seeds and prompts; the level of 5 %
+is shared over as many comparisons as there are verdicts (Bonferroni). A claim of a gain is
+
+- replicated, where its interval lies above nothing;
+- not replicated, where its interval does not, and leaves out the published gain;
+- inconclusive otherwise.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from cmdp.statistics import cells, interval, with_budget
+from cmdp.study.arms import read
+from cmdp.study.tables import difference, wins
+
+YES, NO, OPEN, UNTESTED = "replicated", "not replicated", "inconclusive", "not tested at this scale"
+SUBJECT = "cmdp"
+BASELINES = ("grpo", "gkd", "gkd-grpo-weak", "gkd-grpo-medium", "gkd-grpo-strong", "dual", "minillm", "kdrl")
+
+
+class Claim(NamedTuple):
+    """A row of the claims table."""
+
+    id: str
+    claim: str
+    published: str
+    verdict: str
+    evidence: str
+    conditions: str
+
+
+def gain(low: float, high: float, published: float, none: float = 0.0) -> str:
+    """The verdict on a claimed gain of `published`, where `none` is no gain."""
+    if low > none:
+        return YES
+    return NO if high < published else OPEN
+
+
+def claims(
+    completions: pd.DataFrame,
+    times: pd.DataFrame,
+    strengths: pd.DataFrame,
+    theory: dict,
+    soft: str,
+    ours: str,
+    budget: float,
+    settings: dict,
+) -> pd.DataFrame:
+    """The verdicts, a row each.
+
+    Args:
+        completions: of all arms, as `arms.read` gives them.
+        times: a row an arm and seed: `seconds` of `steps`, `parameters`.
+        strengths: `tables.strength`.
+        theory: results of the theory study's summary.
+        soft: the soft Lagrangian that did best on validation prompts.
+        ours: the constrained variant of ours that did.
+        budget: the default, in nats.
+        settings: `comparisons`, `tolerance`, `target`.
+
+    Raises:
+        ValueError: an arm that a verdict needs is missing.
+    """
+    level = 1 - 0.05 / settings["comparisons"]
+    tests = with_budget(completions[completions["split"] == "test"], budget)
+    longer = with_budget(completions[completions["split"] == "longer"], budget)
+    by_arm = dict(list(tests.groupby("arm")))
+    needed = [SUBJECT, ours, soft, *BASELINES]
+    if missing := [name for name in needed if name not in by_arm]:
+        raise ValueError(f"The verdicts need the arms {missing}: run the study first (`make study`).")
+
+    def minus(arm: str, rival: str, column: str) -> tuple[float, float, float]:
+        return difference(by_arm[arm], by_arm[rival], column, level)[:3]
+
+    def points(value: tuple[float, float, float]) -> str:
+        return f"{100 * value[0]:+.1f} points [{100 * value[1]:+.1f}, {100 * value[2]:+.1f}]"
+
+    def share(value: tuple[float, float, float]) -> str:
+        return f"{100 * value[0]:.1f} % [{100 * value[1]:.1f}, {100 * value[2]:.1f}]"
+
+    def of(arm: str, column: str, tables: pd.DataFrame = tests) -> tuple[float, float, float]:
+        return interval(cells(tables[tables["arm"] == arm], column), level=level)
+
+    at = f"arithmetic, budget {budget:g} nats, {by_arm[SUBJECT]['seed'].nunique()} seeds"
+    rows = []
+
+    csr = minus(SUBJECT, soft, "satisfied")
+    other = points(minus(ours, soft, "satisfied"))
+    rows.append(
+        Claim(
+            "C1",
+            "higher CSR than soft Lagrangian baselines",
+            "+12.3 points",
+            gain(*csr[1:], 0.123),
+            f"{points(csr)} against {soft}; {ours} (ours): {other}",
+            at,
+        )
+    )
+    valid = minus(SUBJECT, soft, "valid")
+    other = points(minus(ours, soft, "valid"))
+    rows.append(
+        Claim(
+            "C2",
+            "better reasoning than they",
+            "+4.7 points reasoning accuracy",
+            gain(*valid[1:], 0.047),
+            f"every step right: {points(valid)} against {soft}; {ours} (ours): {other}",
+            f"{at}; steps checked by program",
+        )
+    )
+    rates = wins(completions, ["grpo", "gkd"], [SUBJECT, ours], level)
+    ones = rates[rates["arm"] == SUBJECT].set_index("rival")
+    verdicts = {gain(row.low, row.high, 0.55, none=0.5) for row in ones.itertuples()}
+    said = [
+        f"{row.arm} {'(ours) ' if row.arm == ours else ''}over {row.rival}: {share((row.win_rate, row.low, row.high))}"
+        for row in rates.itertuples()
+    ]
+    rows.append(
+        Claim(
+            "C3",
+            "reasoning win rate over GRPO and GKD",
+            "+10 to 15 points",
+            verdicts.pop() if len(verdicts) == 1 else NO if NO in verdicts else OPEN,
+            "; ".join(said),
+            f"{at}; judged by program, ties count half; +10 points over the rival are a win rate of 55 %",
+        )
+    )
+    rows.append(
+        Claim(
+            "C4",
+            "CSR on GSM8K, at a KL",
+            "96.2 % at 0.15",
+            UNTESTED,
+            "needs the paper's models and a GPU",
+            "profiles/colab.yaml, profiles/consumer-gpu.yaml",
+        )
+    )
+    adherence, right = minus(SUBJECT, "minillm", "satisfied"), minus(SUBJECT, "minillm", "correct")
+    alike = abs(adherence[0]) <= 0.05
+    rows.append(
+        Claim(
+            "C5",
+            "against MiniLLM at similar constraint adherence",
+            "+5 points on MATH",
+            gain(*right[1:], 0.05) if alike else OPEN,
+            f"right answers {points(right)}, CSR {points(adherence)}"
+            + ("" if alike else ": the adherence is not similar"),
+            f"{at}; arithmetic in place of MATH (profiles/paper.yaml)",
+        )
+    )
+    best = max(BASELINES, key=lambda name: by_arm[name]["correct"].mean())
+    loss = minus(SUBJECT, best, "correct")
+    tolerance = settings["tolerance"]
+    rows.append(
+        Claim(
+            "C6",
+            "competitive task performance",
+            "-",
+            YES if loss[1] > -tolerance else NO if loss[2] < -tolerance else OPEN,
+            f"right answers {points(loss)} against the best baseline, {best};"
+            f" {ours} (ours): {points(minus(ours, best, 'correct'))}",
+            f"{at}; within {100 * tolerance:g} points is competitive",
+        )
+    )
+    sizes = times[times["arm"].isin(["sft", SUBJECT])].groupby("arm")["parameters"].unique()
+    same = len(sizes) == 2 and set(sizes[SUBJECT]) == set(sizes["sft"])
+    rows.append(
+        Claim(
+            "C7",
+            "no teacher and no augmented state at deployment",
+            "-",
+            YES if same else NO,
+            f"the distilled student has {'the' if same else 'not the'} parameters of the one before, "
+            f"{sizes[SUBJECT][0]:,}, and is measured on prompts alone",
+            "tests/test_export.py generates without this package",
+        )
+    )
+    step = (times["seconds"] / times["steps"]).groupby(times["arm"])
+    ratios = [(step.get_group(SUBJECT) / step.get_group(name).median()) for name in (soft, "dual")]
+    low, high = min(r.min() for r in ratios), max(r.max() for r in ratios)
+    median = [f"{r.median():.2f}" for r in ratios]
+    rows.append(
+        Claim(
+            "C8",
+            "no overhead of dual optimisation",
+            "-",
+            YES if high <= 1.05 else NO if low > 1.05 else OPEN,
+            f"a step takes {median[0]} of {soft}'s, {median[1]} of dual ascent's [{low:.2f}, {high:.2f}]",
+            "seconds a step on the machine of results/provenance.json; up to 5 % is none",
+        )
+    )
+    bound = max(found["greatest_p_over_bound"] for found in theory["penalty_bound"].values())
+    kept, target = of(SUBJECT, "satisfied"), settings["target"]
+    rows.append(
+        Claim(
+            "C9",
+            "constraint satisfaction is guaranteed",
+            "-",
+            NO if bound > 1 or kept[2] < target else YES if kept[1] >= target else OPEN,
+            f"exact maximisers on token trees keep the bound of section 4 (at most {bound:.2f} of it is used); "
+            f"a trained student keeps {share(kept)} of its trajectories within the budget",
+            f"{at}; guaranteed is {100 * target:g} % at least",
+        )
+    )
+    drops = {}
+    for name in (SUBJECT, soft):
+        short, long = of(name, "correct_within"), of(name, "correct_within", longer)
+        drops[name] = (short[0] - long[0], short[1] - long[2], short[2] - long[1])
+    rows.append(
+        Claim(
+            "L1",
+            "degrades on complex multi-step problems",
+            "-",
+            YES if drops[SUBJECT][1] > 0 else NO if drops[SUBJECT][2] < 0 else OPEN,
+            f"right and within the budget: {points(drops[SUBJECT])} lost from 2 or 3 steps to 4 or 5; "
+            f"{soft}: {points(drops[soft])}",
+            f"{at}; no training on longer problems",
+        )
+    )
+    ranges = {}
+    for method in ("cmdp", "cmdp-hinge", "gkd-grpo"):
+        tried = strengths[(strengths["method"] == method) & (strengths["measure"] == "accuracy_within")]
+        good = tried[tried["near_best"] == 1]["lam"]
+        ranges[method] = (good.min(), good.max(), tried["lam"].min(), tried["lam"].max())
+    width = {name: high / low for name, (low, high, *_) in ranges.items()}
+    rows.append(
+        Claim(
+            "L2",
+            "needs careful tuning of its parameters",
+            "-",
+            YES if width["cmdp"] < width["gkd-grpo"] else NO,
+            "; ".join(
+                f"{name}: lambda from {low:g} to {high:g} is near its best, of {least:g} to {most:g} tried"
+                for name, (low, high, least, most) in ranges.items()
+            ),
+            f"{at}; near: at least 95 % of the method's best, right and within the budget",
+        )
+    )
+    return pd.DataFrame(rows)
+
+
+def judge(results: Path, params: dict, study: dict) -> pd.DataFrame:
+    """The verdicts, from the files under `results`, with the parameters of the default experiment and of the study."""
+    theory = json.loads((results / "theory" / "summary.json").read_text(encoding="utf-8"))["results"]
+    completions = read(results, study["arms"])
+    times, strengths = (pd.read_csv(results / "study" / f"{name}.csv") for name in ("times", "strength"))
+    soft, ours, budget = params["best"]["soft"], params["best"]["ours"], params["budget"]["budget"]
+    return claims(completions, times, strengths, theory, soft, ours, budget, study["claims"])
