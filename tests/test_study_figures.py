@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 ARMS = yaml.safe_load((ROOT / "study" / "params.yaml").read_text())["arms"]
 DRAWN = ("frontier", "paired", "sensitivity", "ablations", "capacity", "violation", "drift")
 METHODS = [arm for arm, settings in ARMS.items() if settings["family"] == "method"]
-AWARE = ("cmdp", "cmdp-hinge", "cmdp-adaptive")
+AWARE = ("cmdp", "cmdp-overshoot", "cmdp-hinge", "cmdp-adaptive", "dual", "saute-constant", "worst-case")
+SWEPT = ("cmdp", "cmdp-hinge", "cmdp-adaptive")  # trained for other budgets, too
 MEASURES = (
     *("accuracy", "csr", "accuracy_within", "validity", "cost", "kl_per_token", "entropy", "tokens", "lucky"),
     *("calibration_error", "diversity", "style_distance", "longer_accuracy", "longer_csr", "longer_validity"),
@@ -46,8 +47,6 @@ def write_tables(folder: Path) -> None:
     summary = []
     for arm, settings in ARMS.items():
         keys = {"arm": arm, "family": settings["family"], "run": settings["run"], "start": settings["start"]}
-        if arm == "teacher":
-            keys["run"] = "teacher"
         for measure in MEASURES:
             values = spread("mean", "low", "high")
             if measure in ("cost", "kl_per_token"):
@@ -55,8 +54,10 @@ def write_tables(folder: Path) -> None:
             summary.append({**keys, "budget": 2.0, "measure": measure, **values, **common})
     write("summary", summary)
     frontier = []
-    for budget in (1, 2, 3, 4):
+    for budget in (1, 2, 4):
         for method in METHODS:
+            if method == "teacher" or (budget != 2 and method in AWARE and method not in SWEPT):
+                continue
             shares = {**spread("csr", "csr_low", "csr_high"), **spread("within", "within_low", "within_high")}
             accuracy = spread("accuracy", "accuracy_low", "accuracy_high")
             trained_at = budget if method in AWARE else None

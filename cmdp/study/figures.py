@@ -42,7 +42,7 @@ ABLATIONS = {  # what an arm changes in the method that it is an ablation of
     "gkd-grpo-both-parts": "long-term part too",
 }
 ABLATED = {"saute-constant": "cmdp"}  # a method that is another's ablation
-TRACED = ("sft", "grpo", "gkd", "gkd-grpo-strong", "cmdp", "cmdp-hinge", "cmdp-adaptive")  # where all are too many
+TRACED = ("sft", "grpo", "gkd", "cmdp", "cmdp-hinge", "cmdp-adaptive")  # and the best soft Lagrangian: all are too many
 FEW = 30  # completions: a share of fewer is not drawn
 GREY = "0.35"
 
@@ -67,7 +67,7 @@ def frontier(results: Path) -> plt.Figure:
     columns = 3 if len(budgets) == 3 else 2
     rows = -(-len(budgets) // columns)
     figure, grid = plt.subplots(
-        rows, columns, figsize=(8.4, 2.6 * rows + 1), sharey=True, squeeze=False, layout="constrained"
+        rows, columns, figsize=(8.4, 2.7 * rows + 1.2), sharey=True, squeeze=False, layout="constrained"
     )
     for axes, budget in zip(grid.flat, budgets, strict=False):
         part = table[table["budget"] == budget].set_index("method")
@@ -86,25 +86,23 @@ def frontier(results: Path) -> plt.Figure:
             )
         axes.axvline(TARGET, color="black", linestyle="--", linewidth=1, zorder=1)
         axes.set_title(f"budget: {budget:g} {'nat' if budget == 1 else 'nats'}", loc="left", fontsize="medium")
+        axes.set_xlabel(MEASURES["csr"])
         _percent(axes.xaxis, axes.yaxis)
     for axes in list(grid.flat)[len(budgets) :]:
         axes.set_visible(False)
-    figure.supylabel("right answers", fontsize="medium")
-    _titles(
-        figure,
-        "Does a budget buy satisfaction, and at what price in right answers?",
-        "trajectories within the budget; dashed: the 95 % asked for",
-    )
-    extra = [plt.Line2D([], [], marker="o", linestyle="", color="white", markeredgecolor="black")]
-    _legend(figure, grid, (extra, ["trained for this budget"]))
+    for axes in grid[:, 0]:
+        axes.set_ylabel(MEASURES["accuracy"])
+    _titles(figure, "Does a budget buy satisfaction, and at what price in right answers?")
+    rim = plt.Line2D([], [], marker="o", linestyle="", color="white", markeredgecolor="black", markeredgewidth=1.2)
+    dashes = plt.Line2D([], [], color="black", linestyle="--", linewidth=1)
+    _legend(figure, grid, ([rim, dashes], ["trained for it", f"{TARGET:.0%} within"]))
     return figure
 
 
 def paired(results: Path) -> plt.Figure:
     """Every arm's difference to the soft Lagrangian, paired over seeds and prompts, a panel a measure."""
     table = _read(results, "paired")
-    table = table[table["rival"].map(family) == SOFT]
-    rival = next(iter(table["rival"]), SOFT)
+    rival = _best_soft(table)
     table = table[table["rival"] == rival]
     rows = _ordered(table["arm"].unique())[::-1]
     figure, grid = plt.subplots(
@@ -244,6 +242,7 @@ def violation(results: Path) -> plt.Figure:
     """
     table = _read(results, "violation")
     table = table[table["count"] >= FEW]
+    traced = {*TRACED, _best_soft(_read(results, "paired"))}
     bins = table[["bin", "low"]].drop_duplicates().sort_values("low")
     place = {name: at for at, name in enumerate(bins["bin"])}
     panels = {"accuracy": "right answers", "validity": "every step right", "confidence": "confidence"}
@@ -252,7 +251,7 @@ def violation(results: Path) -> plt.Figure:
         for method in _ordered(table["method"].unique()):
             part = table[table["method"] == method].sort_values("low")
             at = part["bin"].map(place)
-            if method in TRACED:
+            if method in traced:
                 _point(axes, method, at, part[column], linestyle="-", markersize=6)
             else:
                 axes.plot(at, part[column], color="0.75", linewidth=0.8, zorder=1)
@@ -277,7 +276,7 @@ def drift(results: Path) -> plt.Figure:
     table = table.set_index(["arm", "measure"])
     panels = {
         "calibration_error": "calibration error (less is better)",
-        "diversity": "diversity",
+        "diversity": "variety of phrasing",
         "style_distance": "distance from the teacher's phrasings",
         "longer_accuracy": "right answers to longer problems",
     }
@@ -295,11 +294,9 @@ def drift(results: Path) -> plt.Figure:
             _point(axes, name, cost["mean"], row["mean"], **options)
         axes.set_title(label, loc="left", fontsize="medium")
         _percent(axes.yaxis)
-    _titles(
-        figure,
-        "What does drifting from the teacher cost?",
-        "mean cost of a trajectory (nats from the teacher); small: other settings",
-    )
+    for axes in grid[-1]:
+        axes.set_xlabel("mean cost (nats from the teacher)")
+    _titles(figure, "What goes with drifting from the teacher? (Small: the methods at other settings)")
     _legend(figure, grid)
     return figure
 
@@ -309,6 +306,11 @@ def _read(results: Path, name: str) -> pd.DataFrame:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: `make study` writes the study's tables.")
     return pd.read_csv(path)
+
+
+def _best_soft(paired: pd.DataFrame) -> str:
+    """The soft Lagrangian that the others are compared with: the one that validation prompts preferred."""
+    return next((rival for rival in paired["rival"] if family(rival) == SOFT), SOFT)
 
 
 def _ordered(runs: Iterable[str]) -> list[str]:
