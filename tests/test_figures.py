@@ -54,6 +54,7 @@ def test_every_figure_is_drawn_as_svg_and_png_and_byte_for_byte_again(results, t
 def test_runs_of_one_method_share_a_colour_and_methods_do_not():
     colours = {run: figures.style(run)[0] for run in figures.FAMILIES}
     assert len(set(map(tuple, colours.values()))) == len(colours)
+    assert len({figures.style(run)[1] for run in figures.FAMILIES}) == len(colours)
     weak, strong = figures.style("gkd-grpo-weak"), figures.style("gkd-grpo-strong")
     assert weak[0] == strong[0] == colours["gkd-grpo"]
     assert weak[1] != strong[1]

@@ -53,6 +53,8 @@ def draw_all(results: Path, folder: Path) -> None:
     Raises:
         FileNotFoundError: a table is not among the `results`.
     """
+    for table in ("frontier", "paired", "strength", "summary", "violation"):
+        _read(results, table)  # before any is drawn
     with whole(folder) as unfinished:
         for draw in (frontier, paired, sensitivity, ablations, capacity, violation, drift):
             with sns.axes_style("whitegrid"), sns.plotting_context("paper", font_scale=1.1):
