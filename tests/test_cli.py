@@ -4,10 +4,12 @@ import json
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
 from cmdp import cli
+from cmdp.study.arms import COLUMNS
 from cmdp.tasks import arithmetic
 
 ROOT = Path(__file__).parents[1]
@@ -90,3 +92,46 @@ def test_another_vocabulary_and_a_wrong_budget_are_refused_before_anything_is_wr
         run(monkeypatch, "train", "cmdp", "0", budget={"budget": -1.0, "budget_form": "total"})
     assert not Path("models/runs").exists()
     assert not Path("results").exists()
+
+
+EVALUATE = {
+    "split": "test",
+    "prompts": 3,
+    "samples": 2,
+    "batch_size": 8,
+    "greedy": True,
+    "longer": {"steps": [4, 5], "prompts": 2, "samples": 1, "max_completion_length": 12},
+}
+
+
+@pytest.mark.parametrize("method", ["dual", "minillm", "kdrl", "worst-case", "cmdp-adaptive", "trl-grpo", "trl-gkd"])
+def test_an_arm_of_the_study_trains_and_measures_every_seed(monkeypatch, method):
+    run(monkeypatch, "data")
+    pair("models/student", arithmetic.vocabulary())
+    pair("models/teacher", arithmetic.vocabulary())
+    own = {"dual": {"dual_rate": 0.1}, "worst-case": {"step_budget": 0.1}}.get(method, {})
+    about = {"family": "method", "run": method, "start": "student", "set": own, "seeds": [3, 4]}
+    Path("study").mkdir()
+    Path("study/params.yaml").write_text(yaml.safe_dump({"arms": {"one": about}}))
+    run(monkeypatch, "arm", "one", evaluate=EVALUATE)
+    table = pd.read_csv("results/study/arms/one.csv", keep_default_na=False)
+    assert list(table.columns) == COLUMNS
+    assert table.groupby(["seed", "split"]).size().to_dict() == {
+        (seed, split): count for seed in (3, 4) for split, count in (("test", 6), ("longer", 2))
+    }
+    times = pd.read_csv("models/timing/study-one.csv")
+    assert times["seed"].tolist() == [3, 4]
+    assert (times["seconds"] > 0).all()
+    assert not list(Path("checkpoints").glob("study/*"))
+
+
+def test_evaluation_writes_completions_positions_longer_problems_and_examples(monkeypatch):
+    run(monkeypatch, "data")
+    pair("models/student", arithmetic.vocabulary())
+    pair("models/teacher", arithmetic.vocabulary())
+    run(monkeypatch, "train", "sft", "0")
+    run(monkeypatch, "evaluate", "sft", "0", evaluate=EVALUATE)
+    sizes = {name: len(pd.read_csv(f"results/{name}/sft-0.csv")) for name in ("runs", "positions", "longer")}
+    assert sizes == {"runs": 3 * (2 + 1), "positions": 8, "longer": 2}
+    examples = pd.read_csv("results/examples/sft-0.csv")
+    assert list(examples.columns) == ["run", "seed", "prompt", "completion", "problem"]

@@ -1,0 +1,278 @@
+"""The study's tables say what its completions say, and its verdicts follow from the intervals."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from cmdp.study import arms, claims, tables
+from cmdp.study.arms import COLUMNS
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = {"comparisons": 11, "tolerance": 0.02, "target": 0.95, "near": 0.05}
+THEORY = {"penalty_bound": {"any policy": {"greatest_p_over_bound": 0.9}}}
+NAMES = ("sft", "cmdp", "cmdp-adaptive", *claims.BASELINES)
+
+
+def completions(**rates: dict) -> pd.DataFrame:
+    """Four samples of 60 prompts (and two of 20 longer ones) by four seeds for every arm of `NAMES`; `rates` sets an
+    arm's shares of right and valid answers, and its mean cost."""
+    draw, parts = np.random.default_rng(0), []
+    for name in NAMES:
+        rate = {"right": 0.7, "valid": 0.7, "cost": 1.0, "longer": 0.4} | rates.get(name.replace("-", "_"), {})
+        for split, prompts, samples in (("test", 60, 4), ("longer", 20, 2)):
+            grid = pd.DataFrame(
+                itertools.product(range(4), range(prompts), range(samples)), columns=["seed", "prompt", 0]
+            )
+            count = len(grid)
+            right = rate["right"] if split == "test" else rate["longer"]
+            table = grid.drop(columns=0).assign(
+                arm=name,
+                split=split,
+                correct=(draw.random(count) < right).astype(int),
+                valid=(draw.random(count) < rate["valid"]).astype(int),
+                tokens=20,
+                entropy=0.3,
+                cost=draw.exponential(rate["cost"], count),
+                peak=0.5,
+                confidence=0.75,
+                style=draw.choice(["so= on", "= gives"], count),
+            )
+            parts.append(table)
+    return pd.concat(parts, ignore_index=True)[["arm", *COLUMNS]]
+
+
+def times() -> pd.DataFrame:
+    rows = [(name, seed, 100, 50.0 + seed, 1000) for name in NAMES for seed in (3, 4)]
+    return pd.DataFrame(rows, columns=["arm", "seed", "steps", "seconds", "parameters"])
+
+
+def strengths(**near: int) -> pd.DataFrame:
+    rows = [
+        (method, lam, "accuracy_within", 0.5, 0.4, 0.6, 1, int(lam == 1.0 or near.get(method.replace("-", "_"), 1)))
+        for method in ("cmdp", "cmdp-hinge", "gkd-grpo")
+        for lam in (0.1, 1.0)
+    ]
+    return pd.DataFrame(rows, columns=["method", "lam", "measure", "mean", "low", "high", "seeds", "near_best"])
+
+
+def verdicts(table: pd.DataFrame, theory=THEORY, **near: int) -> pd.Series:
+    found = claims.claims(table, times(), strengths(**near), theory, "gkd-grpo-strong", "cmdp-adaptive", 2.0, SETTINGS)
+    return found.set_index("id")["verdict"]
+
+
+# ---- tables ----
+
+
+def test_the_runs_of_the_default_experiment_and_the_arms_make_one_table(tmp_path):
+    own = completions()
+    for folder, split in (("runs", "test"), ("longer", "longer")):
+        (tmp_path / folder).mkdir()
+        part = own[(own["arm"] == "cmdp") & (own["split"] == split) & (own["seed"] < 2)]
+        part = part.rename(columns={"arm": "run"}).drop(columns="split").assign(decoding="sampled")
+        greedy = part.head(3).assign(decoding="greedy")
+        pd.concat([part, greedy]).to_csv(tmp_path / folder / "cmdp-0.csv", index=False)
+    (tmp_path / "study" / "arms").mkdir(parents=True)
+    more = own[(own["arm"] == "cmdp") & (own["seed"] >= 2)]
+    more.drop(columns="arm").to_csv(tmp_path / "study" / "arms" / "cmdp.csv", index=False)
+    table = arms.read(tmp_path, {"cmdp": {}, "absent": {}})
+    key = ["split", "seed", "prompt", "cost"]
+    expected = own[own["arm"] == "cmdp"].sort_values(key, ignore_index=True)
+    pd.testing.assert_frame_equal(
+        table.sort_values(key, ignore_index=True), expected, check_dtype=False, check_column_type=False
+    )
+
+
+def test_nothing_to_read_is_said_in_one_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"There are no completions under .*make repro"):
+        arms.read(tmp_path, {})
+
+
+def test_summary_has_each_mean_and_measures_satisfaction_at_the_budget_that_was_asked_for():
+    table = completions()
+    about = {"cmdp": {"family": "budget", "run": "cmdp", "start": "student", "set": {"budget": 0.5}}}
+    found = tables.summary(table, about, 2.0).set_index(["arm", "measure"])
+    test = table[(table["arm"] == "cmdp") & (table["split"] == "test")]
+    assert found.loc[("cmdp", "accuracy"), "mean"] == pytest.approx(test["correct"].mean())
+    assert found.loc[("cmdp", "csr"), "mean"] == pytest.approx((test["cost"] <= 0.5).mean())
+    assert found.loc[("cmdp", "csr"), "budget"] == 0.5
+    grpo = table[(table["arm"] == "grpo") & (table["split"] == "test")]
+    assert found.loc[("grpo", "csr"), "mean"] == pytest.approx((grpo["cost"] <= 2.0).mean())
+    assert found.loc[("grpo", "lucky"), "mean"] == pytest.approx((grpo["correct"] * (1 - grpo["valid"])).mean())
+    longer = table[(table["arm"] == "grpo") & (table["split"] == "longer")]
+    assert found.loc[("grpo", "longer_accuracy"), "mean"] == pytest.approx(longer["correct"].mean())
+    assert ((found["low"] <= found["mean"] + 1e-12) & (found["mean"] <= found["high"] + 1e-12)).mean() > 0.95
+
+
+def test_methods_that_know_no_budget_stand_at_every_budget_and_others_at_their_own():
+    about = {
+        name: {"family": "method", "run": name, "start": "student"} for name in NAMES if name != "cmdp-adaptive"
+    } | {"cmdp-adaptive": {"family": "budget", "run": "cmdp-adaptive", "start": "student", "set": {"budget": 1.0}}}
+    found = tables.frontier(completions(), about, 2.0)
+    assert set(found[found["method"] == "grpo"]["budget"]) == {1.0, 2.0}
+    assert found[found["method"] == "grpo"]["trained_at"].isna().all()
+    assert list(found[found["method"] == "cmdp"]["trained_at"]) == [2.0]
+    assert list(found[found["method"] == "cmdp-adaptive"]["trained_at"]) == [1.0]
+    grpo = found[found["method"] == "grpo"].set_index("budget")
+    assert grpo.loc[1.0, "csr"] < grpo.loc[2.0, "csr"]
+    assert (grpo["within"] <= grpo[["accuracy", "csr"]].min(axis=1)).all()
+
+
+def test_differences_are_paired_over_the_seeds_that_both_have():
+    table = completions()
+    ours = table[(table["arm"] == "cmdp") & (table["split"] == "test")]
+    mean, low, high, seeds = tables.difference(ours[ours["seed"] < 3], ours[ours["seed"] > 0], "correct")
+    assert (mean, low, high, seeds) == (0.0, 0.0, 0.0, 2)  # the same completions: no difference, and none in any draw
+    shifted = ours.assign(correct=ours["correct"] - 0.25)
+    assert tables.difference(ours, shifted, "correct")[:3] == pytest.approx((0.25, 0.25, 0.25))
+
+
+def test_a_valid_derivation_wins_and_two_alike_tie():
+    table = completions(cmdp={"valid": 1.0}, grpo={"valid": 0.0}, gkd={"valid": 1.0})
+    found = tables.wins(table, ["grpo", "gkd"], ["cmdp"]).set_index("rival")
+    assert tuple(found.loc["grpo", ["win_rate", "ties"]]) == (1.0, 0.0)
+    assert tuple(found.loc["gkd", ["win_rate", "ties"]]) == (0.5, 1.0)
+
+
+def test_calibration_error_is_the_gap_between_confidence_and_truth():
+    table = pd.DataFrame({"confidence": [0.95, 0.95, 0.55, 0.55], "correct": [1, 1, 0, 1]})
+    assert tables.calibration_error(table, np.ones(4)) == pytest.approx((2 * 0.05 + 2 * 0.05) / 4)
+    assert tables.calibration_error(table.assign(correct=0), np.ones(4)) == pytest.approx(0.75)
+    assert tables.calibration_error(table, np.array([0.0, 0, 1, 0])) == pytest.approx(0.55)
+
+
+def test_style_is_as_far_from_the_teachers_as_the_shares_of_its_phrasings():
+    table = pd.DataFrame({"style": ["so= on", "on on", ""]})
+    counts = tables.phrasings(table, ["on", "so="])
+    assert counts.tolist() == [[1, 1], [2, 0], [0, 0]]
+    assert tables.total_variation(counts[0], counts[1]) == pytest.approx(0.5)
+    assert tables.total_variation(counts[0], counts[0]) == 0.0
+
+
+def test_strength_marks_what_is_near_the_methods_best():
+    rows = [("low", "cmdp", 0.90), ("cmdp", "cmdp", 0.97), ("high", "cmdp", 1.0), ("soft", "gkd-grpo-weak", 0.5)]
+    summary = pd.DataFrame(
+        [(arm, run, "accuracy_within", mean, mean, mean, 1) for arm, run, mean in rows],
+        columns=["arm", "run", "measure", "mean", "low", "high", "seeds"],
+    )
+    about = {
+        name: {"family": "strength", "run": "cmdp", "set": {"lam": lam}} for name, lam in (("low", 0.1), ("high", 3))
+    }
+    about |= {"cmdp": {"family": "method", "run": "cmdp"}, "soft": {"family": "method", "run": "gkd-grpo-weak"}}
+    tuned = {"cmdp": {"lam": 1.0}, "gkd-grpo-weak": {"lam": 0.01}}
+    found = tables.strength(summary, about, tuned, near=0.05)
+    assert dict(zip(found["lam"], found["near_best"], strict=True)) == {0.1: 0, 1.0: 1, 3.0: 1, 0.01: 1}
+
+
+def test_every_completion_is_in_one_bin_of_the_budget():
+    table = completions()
+    found = tables.violation(table, ["cmdp", "grpo"], 2.0)
+    assert found.groupby("method")["count"].sum().tolist() == [960, 960]
+    within = found[(found["method"] == "cmdp") & (found["high"] <= 1)]["count"].sum()
+    test = table[(table["arm"] == "cmdp") & (table["split"] == "test")]
+    assert within == (test["cost"] <= 2.0).sum()
+
+
+def test_step_times_are_set_against_the_soft_lagrangians():
+    found = tables.timing(times()).set_index("arm")
+    assert found.loc["cmdp", ["seconds", "low", "high", "ratio_to_gkd_grpo"]].tolist() == [0.535, 0.53, 0.54, 1.0]
+
+
+# ---- verdicts ----
+
+
+def test_a_clear_gain_is_replicated():
+    table = completions(
+        cmdp={"right": 0.95, "valid": 0.97, "cost": 0.2, "longer": 0.2}, **{"minillm": {"cost": 0.2, "right": 0.8}}
+    )
+    found = verdicts(table)
+    assert dict(found) == {
+        "C1": "replicated",
+        "C2": "replicated",
+        "C3": "replicated",
+        "C4": "not tested at this scale",
+        "C5": "replicated",
+        "C6": "replicated",
+        "C7": "replicated",
+        "C8": "replicated",
+        "C9": "replicated",
+        "L1": "replicated",
+        "L2": "not replicated",
+    }
+
+
+def test_a_clear_loss_is_not():
+    found = verdicts(completions(cmdp={"right": 0.5, "valid": 0.5, "cost": 2.5, "longer": 1.0}), cmdp=0)
+    for claim in ("C1", "C2", "C3", "C6", "C9", "L1"):
+        assert found[claim] == "not replicated", claim
+    assert found["C5"] == "inconclusive"  # the adherence is not similar
+    assert found["L2"] == "replicated"  # its lambda has the narrower range
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (0.01, 0.3, "replicated"),
+        (-0.02, 0.04, "not replicated"),
+        (-0.02, 0.2, "inconclusive"),
+        (-0.3, -0.1, "not replicated"),
+    ],
+)
+def test_a_gain_is_judged_by_its_interval(low, high, verdict):
+    assert claims.gain(low, high, published=0.1) == verdict
+
+
+def test_a_broken_bound_refutes_the_guarantee():
+    broken = {"penalty_bound": {"any policy": {"greatest_p_over_bound": 1.1}}}
+    assert verdicts(completions(cmdp={"cost": 0.1}), theory=broken)["C9"] == "not replicated"
+
+
+def test_more_comparisons_widen_the_intervals(monkeypatch):
+    table = completions()
+    ends = []
+    for comparisons in (1, 100):
+        found = claims.claims(
+            table, times(), strengths(), THEORY, "gkd-grpo-strong", "cmdp-adaptive", 2.0,
+            SETTINGS | {"comparisons": comparisons},
+        )  # fmt: skip
+        evidence = found.set_index("id").loc["C1", "evidence"]
+        low, high = evidence.partition("[")[2].partition("]")[0].split(", ")
+        ends.append(float(high) - float(low))
+    assert ends[1] > 1.3 * ends[0]
+
+
+def test_verdicts_ask_for_the_arms_that_they_need():
+    table = completions()
+    with pytest.raises(ValueError, match=r"The verdicts need the arms \['minillm'\]"):
+        verdicts(table[table["arm"] != "minillm"])
+
+
+# ---- the study's own files ----
+
+
+def test_every_arm_has_a_method_a_start_and_settings_that_the_trainer_knows():
+    from cmdp.methods import method_of
+    from cmdp.trainer import CMDPConfig
+
+    settings = yaml.safe_load((ROOT / "study" / "params.yaml").read_text())
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    assert set(params["methods"]) <= set(settings["arms"])  # each gets its further seeds
+    for name, about in settings["arms"].items():
+        assert method_of(about["run"]), name
+        assert about["start"] in params, name
+        CMDPConfig("out", report_to=[], bf16=False, **about.get("set", {}))
+        if name in params["methods"]:
+            assert not set(about["seeds"]) & set(params["seeds"]), name
+    assert settings["claims"]["comparisons"] == len(verdicts(completions()))
+
+
+def test_the_committed_verdicts_are_those_of_the_committed_results():
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params |= yaml.safe_load((ROOT / "tuning" / "chosen.yaml").read_text())
+    settings = yaml.safe_load((ROOT / "study" / "params.yaml").read_text())
+    found = claims.judge(ROOT / "results", params, settings)
+    committed = pd.read_csv(ROOT / "results" / "study" / "claims.csv")
+    pd.testing.assert_frame_equal(found, committed)
