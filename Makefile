@@ -31,7 +31,7 @@ repro: setup
 	cmdp report
 
 study: repro
-	cd study && ../parallel.sh $(JOBS) arm && dvc repro
+	cd study && ../parallel.sh $(JOBS) supervised arm && dvc repro
 	cmdp report
 
 tune: setup
@@ -47,7 +47,8 @@ smoke: setup
 		| tar --create --null --files-from - --ignore-failed-read | tar --extract --directory .smoke
 	cmdp --overlay profiles/smoke.yaml overlay > .smoke/params.yaml
 	cd .smoke && git init --quiet && export PYTHONPATH=$(CURDIR)/.smoke && \
-		./parallel.sh $(JOBS) data "theory supervised" train evaluate && dvc repro
+		./parallel.sh $(JOBS) data "theory supervised" train evaluate && dvc repro && \
+		cd study && ../parallel.sh $(JOBS) "arm@cmdp-k3 arm@cmdp-return-to-go"
 	@echo "The pipeline ran: see .smoke/results and .smoke/figures."
 
 test: setup
