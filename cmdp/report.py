@@ -61,13 +61,13 @@ def paired_table(completions: pd.DataFrame, trials: pd.DataFrame, budget: dict) 
 
 def wide(table: pd.DataFrame, index: str, columns: str, value: str = "mean") -> pd.DataFrame:
     """A long table of shares laid out for reading, in its own order: per cent, with intervals in brackets."""
-    shown = table.rename(columns={value: "mean"}).apply(_cell, axis=1, scale=100)
+    shown = [_cell(row, 100) for _, row in table.rename(columns={value: "mean"}).iterrows()]
     laid_out = table.assign(shown=shown).pivot(index=index, columns=columns, values="shown")
     return laid_out.loc[table[index].unique(), table[columns].unique()].fillna("")
 
 
 def _cell(row: pd.Series, scale: int) -> str:
-    mean, low, high = (f"{scale * row[name]:.1f}" for name in ("mean", "low", "high"))
+    mean, low, high = (f"{scale * row[name]:z.1f}" for name in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
 
 

@@ -71,12 +71,14 @@ def write_tables(folder: Path) -> None:
     write("frontier", frontier)
     rivals = ("gkd-grpo-strong", "grpo", "gkd")
     pairs = [(arm, rival) for rival in rivals for arm in METHODS if arm not in (rival, "teacher")]
-    paired = []
-    for arm, rival in pairs:
-        for measure in MEASURES[:4]:
-            values = {name: (value - 0.75) / 4 for name, value in spread("difference", "low", "high").items()}
-            paired.append({"arm": arm, "rival": rival, "measure": measure, **values, **common})
-    write("paired", paired)
+    changed = [(arm, about["run"]) for arm, about in ARMS.items() if about["family"] == "ablation"]
+    for name, both in (("paired", pairs), ("ablations", [("saute-constant", "cmdp"), *changed])):
+        rows = []
+        for arm, rival in both:
+            for measure in MEASURES[:4]:
+                values = {name: (value - 0.75) / 4 for name, value in spread("difference", "low", "high").items()}
+                rows.append({"arm": arm, "rival": rival, "measure": measure, **values, **common})
+        write(name, rows)
     write(
         "wins", [{"arm": a, "rival": b, **spread("win_rate", "low", "high"), "ties": 0.8, **common} for a, b in pairs]
     )
@@ -143,7 +145,7 @@ def test_differences_are_those_to_the_best_soft_lagrangian_in_points(results):
     table = pd.read_csv(results / "paired.csv").query("rival == 'gkd-grpo-strong'")
     figure = figures.paired(results)
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert names[::-1] == figures._ordered(table["arm"].unique())
+    assert names == figures._ordered(table["arm"].unique())
     for axes, measure in zip(figure.axes, figures.MEASURES, strict=True):
         expected = 100 * table[table["measure"] == measure].set_index("arm")["difference"]
         for arm, (where,) in points(axes).items():
@@ -160,14 +162,19 @@ def test_what_is_near_the_best_is_shaded_half_way_to_its_neighbours(results):
 
 def test_every_ablation_stands_below_its_method_and_says_what_it_changes(results):
     ablated = {arm: about["run"] for arm, about in ARMS.items() if about["family"] == "ablation"}
-    assert set(figures.ABLATIONS) == {*ablated, *figures.ABLATED}
+    assert set(figures.ABLATIONS) == {*ablated, "saute-constant"}
+    table = pd.read_csv(results / "ablations.csv").set_index(["arm", "measure"])["difference"]
     figure = figures.ablations(results)
-    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()][::-1]
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert len(labels) == len(figures.ABLATIONS) + len({*ablated.values()})
     assert labels.index("cmdp") < labels.index("budget per token") < labels.index("cmdp-hinge")
-    for axes in figure.axes:
-        assert len(axes.containers) == len(labels)
-    keep(results, "summary", "arm not in ('cmdp', 'cmdp-jsd')")  # neither the method nor all of its ablations
+    for axes, measure in zip(figure.axes, ("csr", "accuracy_within"), strict=True):
+        found = points(axes)
+        assert set(found) == {*figures.ABLATIONS, *ablated.values()}
+        where = [100 * table["cmdp-jsd", measure], labels.index("cost: Jensen-Shannon")]
+        assert found["cmdp-jsd"][0] == pytest.approx(where)
+        assert found["cmdp"][0] == pytest.approx([0, labels.index("cmdp")])
+    keep(results, "ablations", "arm != 'cmdp-jsd'")
     labels = [label.get_text() for label in figures.ablations(results).axes[0].get_yticklabels()]
     assert "cost: Jensen-Shannon" not in labels
     assert "cost: forward KL" in labels
@@ -218,7 +225,7 @@ def test_a_missing_table_is_one_clear_line_and_leaves_the_figures_alone(results,
 def test_a_study_of_a_few_arms_is_drawn_from_the_tables_that_it_writes(tmp_path):
     """The tables as `cmdp study` writes them, long before every arm was trained."""
     rng, size = np.random.default_rng(0), 64
-    few = ("sft", "grpo", "gkd-grpo-weak", "gkd-grpo-strong", "cmdp", "cmdp-at-1", "cmdp-hinge")
+    few = ("sft", "grpo", "gkd-grpo-weak", "gkd-grpo-strong", "cmdp", "cmdp-at-1", "cmdp-k3")
     columns = {name: rng.integers(0, 2, (len(few), size)) for name in ("correct", "valid")}
     columns |= {name: rng.random((len(few), size)) for name in ("entropy", "cost", "peak", "confidence")}
     completions = pd.concat(
@@ -236,7 +243,8 @@ def test_a_study_of_a_few_arms_is_drawn_from_the_tables_that_it_writes(tmp_path)
     times = pd.DataFrame({"arm": few, "seed": 0, "steps": 2, "seconds": 1.0})
     tables.write_all(completions, times, params, {"arms": ARMS, "claims": {"near": 0.05}}, tmp_path / "study")
     drawn = {name: getattr(figures, name)(tmp_path / "study") for name in DRAWN}
-    assert set(points(drawn["paired"].axes[0])) == {*few} - {"gkd-grpo-strong", "cmdp-at-1"}
+    assert set(points(drawn["paired"].axes[0])) == {*few} - {"gkd-grpo-strong", "cmdp-at-1", "cmdp-k3"}
+    assert set(points(drawn["ablations"].axes[0])) == {"cmdp", "cmdp-k3"}
     assert not drawn["capacity"].axes[0].containers
     assert set(points(drawn["frontier"].axes[1])) == {"sft", "grpo", "gkd-grpo-weak", "gkd-grpo-strong", "cmdp"}
 

@@ -41,7 +41,6 @@ ABLATIONS = {  # what an arm changes in the method that it is an ablation of
     "cmdp-hinge-both-parts": "long-term part too",
     "gkd-grpo-both-parts": "long-term part too",
 }
-ABLATED = {"saute-constant": "cmdp"}  # a method that is another's ablation
 TRACED = ("sft", "grpo", "gkd", "cmdp", "cmdp-hinge", "cmdp-adaptive")  # and the best soft Lagrangian: all are too many
 FEW = 30  # completions: a share of fewer is not drawn
 GREY = "0.35"
@@ -53,7 +52,7 @@ def draw_all(results: Path, folder: Path) -> None:
     Raises:
         FileNotFoundError: a table is not among the `results`.
     """
-    for table in ("frontier", "paired", "strength", "summary", "violation"):
+    for table in ("ablations", "frontier", "paired", "strength", "summary", "violation"):
         _read(results, table)  # before any is drawn
     with whole(folder) as unfinished:
         for draw in (frontier, paired, sensitivity, ablations, capacity, violation, drift):
@@ -106,21 +105,8 @@ def paired(results: Path) -> plt.Figure:
     table = _read(results, "paired")
     rival = _best_soft(table)
     table = table[table["rival"] == rival]
-    rows = _ordered(table["arm"].unique())[::-1]
-    figure, grid = plt.subplots(
-        1, len(MEASURES), figsize=(8.4, 0.27 * len(rows) + 1.5), sharey=True, layout="constrained"
-    )
-    for axes, (measure, label) in zip(grid, MEASURES.items(), strict=True):
-        part = table[table["measure"] == measure].set_index("arm")
-        for place, arm in enumerate(rows):
-            if arm in part.index:
-                row = part.loc[arm]
-                xerr = _reach(row["difference"], row["low"], row["high"])
-                _point(axes, arm, 100 * row["difference"], place, xerr=100 * xerr, markersize=6.5)
-        axes.axvline(0, color="black", linewidth=1, zorder=1)
-        axes.set_title(label, loc="left", fontsize="medium")
-        axes.xaxis.set_major_locator(plt.MaxNLocator(4))
-    _rows(grid, rows, rows)
+    rows = _ordered(table["arm"].unique())
+    figure = _forest(table, rows, rows, list(MEASURES))
     _titles(figure, f"Who beats the best soft Lagrangian, {rival}?", f"points more than {rival} (right of 0 is better)")
     return figure
 
@@ -171,40 +157,18 @@ def sensitivity(results: Path) -> plt.Figure:
 
 
 def ablations(results: Path) -> plt.Figure:
-    """Each ablation below the method that it changes, whose value and interval run through its ablations' rows."""
-    table = _read(results, "summary")
-    table = table[(table["family"] == "ablation") | table["arm"].isin({*ABLATED, *table["run"]})]
-    parents = table["arm"].map(ABLATED).fillna(table["run"])
-    changed = table[(table["family"] == "ablation") | table["arm"].isin(ABLATED)]
-    groups = {
-        parent: [arm for arm in changed.loc[parents == parent, "arm"].unique() if arm != parent]
-        for parent in _ordered(parents.loc[changed.index].unique())
-    }
-    table = table.set_index(["arm", "measure"])
-    rows = [arm for parent, arms in groups.items() for arm in (parent, *arms)][::-1]
-    panels = ("csr", "accuracy_within")
-    figure, grid = plt.subplots(1, len(panels), figsize=(7.6, 0.3 * len(rows) + 1.4), sharey=True, layout="constrained")
-    for axes, measure in zip(grid, panels, strict=True):
-        for parent, arms in groups.items():
-            ends = [rows.index(arm) for arm in (parent, *arms)]
-            span = [min(ends) - 0.4, max(ends) + 0.4]
-            if (parent, measure) in table.index:
-                base = table.loc[(parent, measure)]
-                axes.fill_betweenx(span, base["low"], base["high"], color="0.85", linewidth=0, zorder=1)
-                axes.vlines(base["mean"], *span, color=GREY, linewidth=1.2, zorder=2)
-            for arm in (parent, *arms):
-                if (arm, measure) in table.index:
-                    row = table.loc[(arm, measure)]
-                    size, rim = (7.5, "black") if arm == parent else (6, "white")
-                    xerr = _reach(row["mean"], row["low"], row["high"])
-                    _point(axes, parent, row["mean"], rows.index(arm), xerr=xerr, markersize=size, markeredgecolor=rim)
-        axes.set_title(MEASURES[measure], loc="left", fontsize="medium")
-        _percent(axes.xaxis)
-    _rows(grid, rows, [arm if arm in groups else ABLATIONS.get(arm, arm) for arm in rows])
-    for label in grid[0].get_yticklabels():
-        if label.get_text() in groups:
-            label.set_fontweight("bold")
-    _titles(figure, "Which part of the method matters?", "shade and line: the method that is changed")
+    """Each ablation's difference to the method that it changes, below that method, paired over seeds and prompts."""
+    table = _read(results, "ablations")
+    methods = _ordered(table["rival"].unique())
+    rows = [arm for method in methods for arm in (method, *table.loc[table["rival"] == method, "arm"].unique())]
+    labels = [row if row in methods else ABLATIONS.get(row, row) for row in rows]
+    figure = _forest(table, rows, labels, ["csr", "accuracy_within"])
+    for axes in figure.axes:
+        for method in methods:
+            _point(axes, method, 0, rows.index(method), markeredgecolor="black")
+    for label in figure.axes[0].get_yticklabels():
+        label.set_fontweight("bold" if label.get_text() in methods else "normal")
+    _titles(figure, "Which part of the method matters?", "points more than the method, in bold, that is changed")
     return figure
 
 
@@ -362,12 +326,23 @@ def _percent(*axes) -> None:
         axis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
-def _rows(grid: np.ndarray, rows: list[str], labels: list[str]) -> None:
-    """A row each of a forest plot, named at the left."""
-    grid[0].set_yticks(range(len(rows)), labels)
-    grid[0].set_ylim(-0.7, len(rows) - 0.3)
-    for axes in grid:
+def _forest(table: pd.DataFrame, rows: list[str], labels: list[str], measures: list[str]) -> plt.Figure:
+    """Paired differences in points, a row an arm from the top, a panel a measure. A row of no arm stays empty."""
+    table = table.set_index(["arm", "measure"])
+    size = (2.4 + 1.5 * len(measures), 0.28 * len(rows) + 1.3)
+    figure, grid = plt.subplots(1, len(measures), figsize=size, sharey=True, layout="constrained")
+    for axes, measure in zip(grid, measures, strict=True):
+        for place, arm in enumerate(rows):
+            if (arm, measure) in table.index:
+                value = 100 * table.loc[(arm, measure), ["difference", "low", "high"]].astype(float)
+                _point(axes, arm, value["difference"], place, xerr=_reach(*value), markersize=6.5)
+        axes.axvline(0, color="black", linewidth=1, zorder=1)
+        axes.set_title(MEASURES[measure], loc="left", fontsize="medium")
+        axes.xaxis.set_major_locator(plt.MaxNLocator(4))
         axes.grid(axis="y", linewidth=0.4)
+    grid[0].set_yticks(range(len(rows)), labels)
+    grid[0].set_ylim(len(rows) - 0.3, -0.7)
+    return figure
 
 
 def _legend(figure: plt.Figure, grid: np.ndarray, extra: tuple[list, list] = ([], [])) -> None:

@@ -95,6 +95,13 @@ def paired(completions: pd.DataFrame, rivals: list[str], names: list[str], budge
     return pd.DataFrame(rows, columns=["arm", "rival", "measure", "difference", "low", "high", "seeds"])
 
 
+def ablations(completions: pd.DataFrame, arms: dict, budget: float) -> pd.DataFrame:
+    """Every ablation minus the method that it changes, in the columns of `paired`. `cmdp` without Phi is a method of
+    its own, `saute-constant`."""
+    changed = {"saute-constant": "cmdp"} | {arm: arms[arm]["run"] for arm in arms if arms[arm]["family"] == "ablation"}
+    return pd.concat([paired(completions, [run], [arm], budget) for arm, run in changed.items()], ignore_index=True)
+
+
 def wins(completions: pd.DataFrame, rivals: list[str], names: list[str], level: float = 0.95) -> pd.DataFrame:
     """Reasoning win rate, judged by program: of two derivations of one problem the valid one wins; where both are or
     neither is, a tie counts half. A program's verdict does not depend on the order."""
@@ -206,6 +213,7 @@ def write_all(completions: pd.DataFrame, times: pd.DataFrame, params: dict, stud
         "summary": means,
         "frontier": frontier(completions, arms, budget),
         "paired": paired(completions, rivals, names, budget),
+        "ablations": ablations(completions, arms, budget),
         "wins": wins(completions, rivals, names),
         "strength": strength(means, arms, params["runs"], study["claims"]["near"]),
         "violation": violation(completions, [name for name in names if name != "teacher"], budget),
