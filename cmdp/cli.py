@@ -18,7 +18,7 @@ import yaml
 
 from cmdp import runs
 from cmdp.runs import steps_to
-from cmdp.storage import checkpoint_folder, provenance, whole, write_table, write_text
+from cmdp.storage import checkpoint_folder, provenance, whole, write_json, write_table, write_text
 
 CHOSEN, STUDY = Path("tuning/chosen.yaml"), Path("study/params.yaml")
 DATA, MODELS, RESULTS, FIGURES = (Path(name) for name in ("data", "models", "results", "figures"))
@@ -228,6 +228,13 @@ def benchmark(params: dict, _: argparse.Namespace) -> None:
         print(measure(sizes, RESULTS / "benchmark" / f"{name}.csv").to_string())
 
 
+def gsm8k(_: dict, arguments: argparse.Namespace) -> None:
+    """Check the answers and steps of GSM8K's own solutions: results/gsm8k/check.json."""
+    from cmdp.tasks.gsm import check_gsm8k
+
+    write_json(check_gsm8k(arguments.folder), RESULTS / "gsm8k" / "check.json")
+
+
 def export(params: dict, arguments: argparse.Namespace) -> None:
     """Export a trained student for use without teacher and without this package, with a model card."""
     from cmdp.export import export as write
@@ -293,7 +300,7 @@ def main() -> None:
     parser.add_argument("--overlay", type=Path, help="a profile, laid over the parameters")
     commands = parser.add_subparsers(required=True, metavar="command")
     of_the_pipeline = (data, supervised, train, evaluate, collect, theory, figures, arm, notebook)
-    for stage in (*of_the_pipeline, memory, trial, choose, study, report, benchmark, export, judge, overlay):
+    for stage in (*of_the_pipeline, memory, trial, choose, study, report, benchmark, gsm8k, export, judge, overlay):
         command = commands.add_parser(stage.__name__, help=stage.__doc__)
         command.set_defaults(stage=stage)
         if stage is supervised:
@@ -302,6 +309,8 @@ def main() -> None:
             command.add_argument("subject", nargs="?", choices=("default", "theory", "study"), default="default")
         if stage in (notebook, arm):
             command.add_argument("name")
+        if stage is gsm8k:
+            command.add_argument("folder", type=Path, help="of GSM8K's train.jsonl and test.jsonl")
         if stage is export:
             command.add_argument("folder", type=Path, help="a trained student: models/runs/cmdp-hinge-0")
             command.add_argument("target", type=Path, help="a new folder")
