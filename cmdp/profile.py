@@ -7,7 +7,7 @@
     cmdp collect --config profiles/colab.yaml
 
 Without RUN and SEED a stage goes through all of the profile's. What is finished is not done again, and what was
-interrupted goes on from its last checkpoint. The profile NAME.yaml keeps its files in data/NAME, models/NAME and
+interrupted goes on from its last checkpoint. The profile NAME.yaml keeps its files in problems/NAME, models/NAME and
 results/NAME.
 """
 
@@ -92,7 +92,7 @@ def specs(profile: dict) -> tuple[ModelSpec, ModelSpec]:
 
 
 def data(profile: dict) -> None:
-    """Read or draw the problems, and write them as the models read them: data/NAME/SPLIT.jsonl."""
+    """Read or draw the problems, and write them as the models read them: problems/NAME/SPLIT.jsonl."""
     settings = {key: value for key, value in profile["task"].items() if key not in ("name", "prompt_length")}
     task = load_task(profile["task"]["name"])
     known = inspect.signature(task.problems).parameters
@@ -101,7 +101,7 @@ def data(profile: dict) -> None:
     if "tokenizer" in known:  # whose chat template the prompts are written in
         settings["tokenizer"] = shared_tokenizer(*specs(profile))
     splits = task.problems(**settings)
-    with whole(Path("data", profile["name"])) as folder:
+    with whole(Path("problems", profile["name"])) as folder:
         for name, rows in splits.items():
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
@@ -128,7 +128,7 @@ def train(profile: dict, run: str, seed: int) -> None:
     method, name = method_of(run), f"{run}-{seed}"
     settings = _train_settings(profile, run, seed)
     target = Path("models", profile["name"], name)
-    problems_file = Path("data", profile["name"], "train.jsonl")
+    problems_file = Path("problems", profile["name"], "train.jsonl")
     problems = read_problems(problems_file)
     student, teacher = specs(profile)
     made_by = {"method": method, "settings": settings, "models": _content(student) + _content(teacher)}
@@ -187,7 +187,7 @@ def evaluate(profile: dict, run: str, seed: int) -> None:
         student = dataclasses.replace(student, adapter=str(trained), lora=None)
     else:
         student = ModelSpec(str(trained))
-    problems_file = Path("data", profile["name"], f"{settings['split']}.jsonl")
+    problems_file = Path("problems", profile["name"], f"{settings['split']}.jsonl")
     problems = read_problems(problems_file)[: settings["prompts"]]
     limit = profile["train"]["max_completion_length"]
     made_by = {"settings": settings, "limit": limit, "seed": seed, "models": _content(student) + _content(teacher)}

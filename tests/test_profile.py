@@ -129,7 +129,7 @@ def test_training_all_weights_saves_a_model_that_evaluation_loads(small, monkeyp
         (("train", "--config", "small.yaml", "trian.max_steps=3"), "names no field"),
         (("train", "--config", "small.yaml", "extra=3"), "'extra' is wrong or missing"),
         (("train", "--config", "small.yaml", "student.fourbit=true"), "student knows no fourbit"),
-        (("train", "--config", "small.yaml", "cmdp", "0"), r"There are no problems at data/small/train\.jsonl"),
+        (("train", "--config", "small.yaml", "cmdp", "0"), r"There are no problems at problems/small/train\.jsonl"),
         (("evaluate", "--config", "small.yaml", "cmdp", "0"), "There is no trained student at models/small/cmdp-0"),
         (("data", "--config", "small.yaml", "cmdp"), "takes no 'cmdp'"),
         (("train", "cmdp"), "name a RUN and a SEED"),
