@@ -180,7 +180,7 @@ def arm(params: dict, arguments: argparse.Namespace) -> None:
     paths = {"data": DATA, "models": MODELS}
     done = [train_and_measure(params, settings, measure, paths, arguments.name, seed) for seed in settings["seeds"]]
     tables, times, checkpoints = zip(*done, strict=True)
-    write_table(pd.concat(times, ignore_index=True), MODELS / "timing" / f"study-{arguments.name}.csv")
+    write_table(pd.concat(times, ignore_index=True), MODELS / "arms" / f"{arguments.name}.csv")
     write_table(pd.concat(tables, ignore_index=True), RESULTS / "study" / "arms" / f"{arguments.name}.csv")
     for folder in checkpoints:
         shutil.rmtree(folder)
@@ -191,7 +191,7 @@ def study(params: dict, _: argparse.Namespace) -> None:
     from cmdp.study import arms, claims, tables
 
     settings, folder = read_params(STUDY), RESULTS / "study"
-    times = pd.concat([pd.read_csv(MODELS / "timing" / f"study-{name}.csv") for name in settings["arms"]])
+    times = pd.concat([pd.read_csv(MODELS / "arms" / f"{name}.csv") for name in settings["arms"]])
     tables.write_all(arms.read(RESULTS, settings["arms"]), times, params, settings, folder)
     write_table(claims.judge(RESULTS, params, settings), folder / "claims.csv")
 

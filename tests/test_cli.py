@@ -119,7 +119,7 @@ def test_an_arm_of_the_study_trains_and_measures_every_seed(monkeypatch, method)
     assert table.groupby(["seed", "split"]).size().to_dict() == {
         (seed, split): count for seed in (3, 4) for split, count in (("test", 6), ("longer", 2))
     }
-    times = pd.read_csv("models/timing/study-one.csv")
+    times = pd.read_csv("models/arms/one.csv")
     assert times["seed"].tolist() == [3, 4]
     assert (times["seconds"] > 0).all()
     assert not list(Path("checkpoints").glob("study/*"))
