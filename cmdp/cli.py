@@ -191,7 +191,10 @@ def study(params: dict, _: argparse.Namespace) -> None:
     from cmdp.study import arms, claims, tables
 
     settings, folder = read_params(STUDY), RESULTS / "study"
-    times = pd.concat([pd.read_csv(MODELS / "arms" / f"{name}.csv") for name in settings["arms"]])
+    measured = [path for name in settings["arms"] if (path := MODELS / "arms" / f"{name}.csv").is_file()]
+    if not measured:
+        raise FileNotFoundError(f"There are no arms under {MODELS / 'arms'}: run `make study` first.")
+    times = pd.concat([pd.read_csv(path) for path in measured])
     tables.write_all(arms.read(RESULTS, settings["arms"]), times, params, settings, folder)
     write_table(claims.judge(RESULTS, params, settings), folder / "claims.csv")
 

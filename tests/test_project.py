@@ -11,6 +11,8 @@ from packaging.utils import canonicalize_name
 
 from cmdp import cli, report, tuning
 from cmdp.methods import METHODS, method_of
+from cmdp.statistics import with_budget
+from cmdp.study.tables import difference
 from cmdp.theory.tables import sampled_learners
 
 ROOT = Path(__file__).parents[1]
@@ -51,17 +53,26 @@ def test_the_experiment_does_not_use_the_seed_of_tuning():
 def test_readme_tables_are_those_of_the_results_files():
     text = (ROOT / "README.md").read_text()
     budget = yaml.safe_load((ROOT / "params.yaml").read_text())["budget"]
-    assert report.readme(text, ROOT / "results", budget) == text, "run `cmdp table`"
+    assert report.readme(text, ROOT / "results", budget) == text, "run `cmdp report`"
 
 
 def test_what_readme_says_of_the_default_experiment_is_so():
     """The prose below the tables, which no command writes."""
-    summary = pd.read_csv(ROOT / "results" / "summary.csv").pivot(index="run", columns="measure", values="mean")
-    for measure in ("accuracy", "csr", "accuracy_within", "validity"):
-        assert summary[measure].idxmax() == "gkd"
-    assert summary["cost"].idxmin() == "gkd"
-    soft = summary.loc[summary.index.str.startswith("gkd-grpo"), "accuracy_within"].max()
-    assert (summary.loc[summary.index.str.startswith("cmdp"), "accuracy_within"] < soft).all()
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    soft = yaml.safe_load((ROOT / "tuning" / "chosen.yaml").read_text())["best"]["soft"]
+    completions = pd.concat([pd.read_csv(path) for path in (ROOT / "results" / "runs").glob("*.csv")])
+    sampled = with_budget(completions[completions["decoding"] == "sampled"], **params["budget"])
+    by_run = dict(list(sampled.groupby("run")))
+
+    def minus(run: str, column: str) -> tuple:
+        return difference(by_run[run], by_run[soft], column)[1:3]
+
+    for column in ("correct", "satisfied", "correct_within"):
+        assert minus("cmdp", column)[1] < 0  # stays below on every column
+        low, high = minus("cmdp-adaptive", column)
+        assert low < 0 < high  # is not told apart on any
+    for run in ("cmdp-overshoot", "cmdp-hinge"):
+        assert minus(run, "correct_within")[1] < 0
 
 
 def test_what_readme_says_of_the_learners_on_trees_is_so():
