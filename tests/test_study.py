@@ -179,6 +179,11 @@ def test_every_completion_is_in_one_bin_of_the_budget():
 def test_step_times_are_set_against_the_soft_lagrangians():
     found = tables.timing(times()).set_index("arm")
     assert found.loc["cmdp", ["seconds", "low", "high", "ratio_to_gkd_grpo"]].tolist() == [0.535, 0.53, 0.54, 1.0]
+    resumed = times().assign(**{"time/generation": 0.2, "time/update": 0.1})  # phases say it also of an interrupted run
+    resumed.loc[resumed["arm"] == "cmdp", "seconds"] = 0.5
+    resumed.loc[resumed["arm"] == "grpo", ["time/generation", "time/update"]] = np.nan  # as of TRL's own trainers
+    found = tables.timing(resumed).set_index("arm")["seconds"]
+    assert (found["cmdp"], found["grpo"]) == pytest.approx((0.3, 0.535))
 
 
 # ---- verdicts ----

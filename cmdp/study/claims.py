@@ -17,7 +17,7 @@ import pandas as pd
 
 from cmdp.statistics import bootstrap, cells, interval, with_budget
 from cmdp.study.arms import read
-from cmdp.study.tables import difference, wins
+from cmdp.study.tables import difference, step_seconds, wins
 
 YES, NO, OPEN, UNTESTED = "replicated", "not replicated", "inconclusive", "not tested at this scale"
 SUBJECT = "cmdp"
@@ -178,7 +178,7 @@ def claims(
             "tests/test_export.py generates without this package",
         )
     )
-    step = (times["seconds"] / times["steps"]).groupby(times["arm"])
+    step = step_seconds(times).groupby(times["arm"])
     ratios = [(step.get_group(SUBJECT) / step.get_group(name).median()) for name in (soft, "dual")]
     low, high = min(r.min() for r in ratios), max(r.max() for r in ratios)
     median = [f"{r.median():.2f}" for r in ratios]

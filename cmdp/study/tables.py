@@ -155,11 +155,17 @@ def violation(completions: pd.DataFrame, names: list[str], budget: float) -> pd.
 
 def timing(times: pd.DataFrame) -> pd.DataFrame:
     """Seconds a training step: median over an arm's seeds, least and greatest, and the ratio to the soft Lagrangian."""
-    seconds = (times["seconds"] / times["steps"]).where(times["seconds"] > 0)
+    seconds = step_seconds(times).where(times["seconds"] > 0)
     table = seconds.groupby(times["arm"], sort=False).agg(["median", "min", "max"]).dropna().reset_index()
     table.columns = ["arm", "seconds", "low", "high"]
     soft = table[table["arm"].isin(["gkd-grpo-weak", "gkd-grpo-medium", "gkd-grpo-strong"])]["seconds"].median()
     return table.assign(ratio_to_gkd_grpo=table["seconds"] / soft)
+
+
+def step_seconds(times: pd.DataFrame) -> pd.Series:
+    """Seconds a step of each row: the sum of its phases' medians, which an interrupted run has too, or, for a trainer
+    that logs no phases, of the whole run."""
+    return times.filter(like="time/").sum(axis=1, min_count=1).fillna(times["seconds"] / times["steps"])
 
 
 def calibration_error(table: pd.DataFrame, weights: np.ndarray, bins: int = 10) -> float:
