@@ -188,15 +188,15 @@ def arm(params: dict, arguments: argparse.Namespace) -> None:
 
 def study(params: dict, _: argparse.Namespace) -> None:
     """Compute every table of the study, and the verdicts."""
-    from cmdp.study import arms, claims, tables
+    from cmdp.study import arms, tables
 
-    settings, folder = read_params(STUDY), RESULTS / "study"
+    settings = read_params(STUDY)
     measured = [path for name in settings["arms"] if (path := MODELS / "arms" / f"{name}.csv").is_file()]
     if not measured:
         raise FileNotFoundError(f"There are no arms under {MODELS / 'arms'}: run `make study` first.")
     times = pd.concat([pd.read_csv(path) for path in measured])
-    tables.write_all(arms.read(RESULTS, settings["arms"]), times, params, settings, folder)
-    write_table(claims.judge(RESULTS, params, settings), folder / "claims.csv")
+    tables.write_all(arms.read(RESULTS, settings["arms"]), times, params, settings, RESULTS / "study")
+    judge_claims(params)
 
 
 def choose(params: dict, _: argparse.Namespace) -> None:
@@ -212,13 +212,18 @@ def choose(params: dict, _: argparse.Namespace) -> None:
     write_text(header + yaml.safe_dump({"best": leading, "runs": chosen}, sort_keys=False), CHOSEN)
 
 
+def judge_claims(params: dict) -> None:
+    """Compute the verdict of each claim from the results: results/study/claims.csv."""
+    from cmdp.study.claims import judge
+
+    write_table(judge(RESULTS, params, read_params(STUDY)), RESULTS / "study" / "claims.csv")
+
+
 def report(params: dict, _: argparse.Namespace) -> None:
     """Compute the verdict of each claim from the results, and write the generated tables of README.md."""
     from cmdp.report import readme
-    from cmdp.study import claims
 
-    verdicts = claims.judge(RESULTS, params, read_params(STUDY))
-    write_table(verdicts, RESULTS / "study" / "claims.csv")
+    judge_claims(params)
     path = Path("README.md")
     write_text(readme(path.read_text(encoding="utf-8"), RESULTS, params["budget"]), path)
 

@@ -31,6 +31,11 @@ SHARES_OF_BUDGET = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, np.inf)
 RESAMPLES = 200  # of the statistics that are no means
 
 
+def about_arm(arm: str, arms: dict) -> dict:
+    """What study/params.yaml says of an arm; a run that it does not name is a method from the usual student."""
+    return arms.get(arm, {"family": "method", "run": arm, "start": "student"})
+
+
 def summary(completions: pd.DataFrame, arms: dict, budget: float) -> pd.DataFrame:
     """A row an arm and measure. The CSR is that at the default budget, or at an arm's own where it asks for another."""
     teacher = completions[(completions["arm"] == "teacher") & (completions["split"] == "test")]
@@ -38,7 +43,7 @@ def summary(completions: pd.DataFrame, arms: dict, budget: float) -> pd.DataFram
     reference = phrasings(teacher, words).sum(axis=0)
     rows = []
     for arm, group in completions.groupby("arm", sort=False):
-        about = arms.get(arm, {"family": "method", "run": arm, "start": "student"})
+        about = about_arm(arm, arms)
         limit = about.get("set", {}).get("budget", budget) if about["family"] == "budget" else budget
         group = with_budget(group.assign(lucky=group["correct"] * (1 - group["valid"])), limit)
         test, longer = (group[group["split"] == split] for split in ("test", "longer"))
@@ -63,7 +68,7 @@ def frontier(completions: pd.DataFrame, arms: dict, budget: float) -> pd.DataFra
     own = {arm: arms[arm]["set"]["budget"] for arm in arms if arms[arm]["family"] == "budget"}
     rows = []
     for arm, group in tests.groupby("arm", sort=False):
-        about = arms.get(arm, {"family": "method", "run": arm, "start": "student"})
+        about = about_arm(arm, arms)
         if about["family"] not in ("method", "budget") or about["start"] != "student":
             continue
         blind = arm.startswith(BLIND) and about["family"] == "method"
@@ -122,7 +127,7 @@ def strength(summary: pd.DataFrame, arms: dict, tuned: dict, near: float) -> pd.
     method's best."""
     rows = []
     for arm, group in summary.groupby("arm", sort=False):
-        about = arms.get(arm, {"family": "method", "run": arm, "start": "student"})
+        about = about_arm(arm, arms)
         method = next((name for name in ("gkd-grpo", "cmdp-hinge", "cmdp") if about["run"].startswith(name)), None)
         exact = about["run"] == method or method == "gkd-grpo"
         if method is None or not exact or about["family"] not in ("method", "strength"):
