@@ -26,7 +26,7 @@ $(BIN)/.ready: requirements.lock pyproject.toml
 	touch $@
 
 repro: setup
-	./parallel.sh $(JOBS) data "theory supervised" train evaluate
+	./parallel.sh $(JOBS) data "theory supervised" train evaluate collect "figures theory-figures" notebook
 	dvc repro
 	cmdp report
 

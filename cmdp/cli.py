@@ -60,7 +60,7 @@ def supervised(params: dict, arguments: argparse.Namespace) -> None:
 
 def train(params: dict, arguments: argparse.Namespace) -> None:
     """Distil the student by one run's method and seed."""
-    run, name = arguments.run, f"{arguments.run}-{arguments.seed}"
+    run, name = arguments.run, f"{arguments.run}/{arguments.seed}"
     settings = {**params["train"], **params["budget"], **params["runs"].get(run, {}), "seed": arguments.seed}
     trained = runs.distil(run, settings, params["task"]["name"], DATA, MODELS, "student", name)
     runs.write_log(trained.log, RESULTS, MODELS / "timing", name)
@@ -71,11 +71,13 @@ def train(params: dict, arguments: argparse.Namespace) -> None:
 
 
 def evaluate(params: dict, arguments: argparse.Namespace) -> None:
-    """Measure one run on the held-out prompts, and on problems longer than any in training."""
+    """Measure one run, all of its seeds, on the held-out prompts and on problems longer than any in training."""
+    from cmdp.collect import write_measures
     from cmdp.models import load_pair
 
-    pair = load_pair(MODELS / "runs" / f"{arguments.run}-{arguments.seed}", MODELS / "teacher")
-    runs.write_measures(measure(params, pair, arguments.seed), RESULTS, arguments.run, arguments.seed)
+    for seed in params["seeds"]:
+        pair = load_pair(MODELS / "runs" / arguments.run / str(seed), MODELS / "teacher")
+        write_measures(measure(params, pair, seed), RESULTS, arguments.run, seed)
 
 
 def measure(params: dict, pair: tuple, seed: int) -> dict[str, pd.DataFrame]:
@@ -110,7 +112,9 @@ def measure(params: dict, pair: tuple, seed: int) -> dict[str, pd.DataFrame]:
 
 def collect(params: dict, _: argparse.Namespace) -> None:
     """Gather all runs: summary, metrics, training curves, times, provenance."""
-    runs.collect(params, RESULTS, MODELS / "timing")
+    from cmdp.collect import collect as gather_all
+
+    gather_all(params, RESULTS, MODELS / "timing")
 
 
 def figures(params: dict, arguments: argparse.Namespace) -> None:
@@ -248,7 +252,7 @@ def export(params: dict, arguments: argparse.Namespace) -> None:
     from cmdp.export import export as write
     from cmdp.methods import METHODS, method_of
 
-    run, _, seed = arguments.folder.name.rpartition("-")
+    run, seed = arguments.folder.resolve().parts[-2:]
     method = method_of(run)
     settings = {**params["train"], **params["budget"], **params["runs"].get(run, {}), **METHODS.get(method, {})}
     settings |= {"run": run, "method": method, "seed": seed, "base_model": str(MODELS / "student")}
@@ -277,6 +281,7 @@ def notebook(params: dict, arguments: argparse.Namespace) -> None:
     target = RESULTS / "notebooks" / source.name
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_suffix(".partial.ipynb")
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm's, of widgets that no notebook shows
     papermill.execute_notebook(
         str(source), str(unfinished), parameters=params["notebooks"].get(arguments.name, {}), progress_bar=False
     )
@@ -320,7 +325,7 @@ def main() -> None:
         if stage is gsm8k:
             command.add_argument("folder", type=Path, help="of GSM8K's train.jsonl and test.jsonl")
         if stage is export:
-            command.add_argument("folder", type=Path, help="a trained student: models/runs/cmdp-hinge-0")
+            command.add_argument("folder", type=Path, help="a trained student: models/runs/cmdp-adaptive/0")
             command.add_argument("target", type=Path, help="a new folder")
             command.add_argument("--merge", action="store_true", help="merge a LoRA adapter into its base model")
         if stage is judge:
@@ -340,7 +345,7 @@ def main() -> None:
             command.add_argument("--config", type=Path, help="a profile of real models, instead of the parameters")
             words = "section.field=value: with --config, what the profile is to say instead"
             if stage in (train, evaluate):
-                words = "RUN (a method, with its variant: gkd-grpo-weak), SEED; " + words
+                words = "RUN (a method, with its variant: gkd-grpo-weak) and, to train it, SEED; " + words
             command.add_argument("words", nargs="*", help=words)
     arguments = parser.parse_args()
     try:
@@ -374,11 +379,15 @@ def run_profile(arguments: argparse.Namespace) -> None:
 
 
 def read_words(arguments: argparse.Namespace) -> None:
-    """RUN and SEED of a stage of the default experiment."""
-    if arguments.stage in (train, evaluate):
+    """RUN, and for training SEED, of a stage of the default experiment."""
+    if arguments.stage is train:
         if len(arguments.words) != 2 or not arguments.words[1].isdecimal():
             raise ValueError("name a RUN and a SEED, such as `cmdp 0`, or with --config a profile.")
         arguments.run, arguments.seed = arguments.words[0], int(arguments.words[1])
+    elif arguments.stage is evaluate:
+        if len(arguments.words) != 1:
+            raise ValueError("name a RUN, such as `cmdp`, all of whose seeds are measured, or with --config a profile.")
+        arguments.run = arguments.words[0]
     elif arguments.words:
         raise ValueError(f"{arguments.words[0]!r} goes with --config only.")
 

@@ -48,7 +48,8 @@ def draw_all(results: Path, folder: Path, budget: float) -> None:
     summary = pd.read_csv(results / "summary.csv")
     curves = pd.read_csv(results / "curves.csv")
     positions = pd.read_csv(results / "positions.csv")
-    completions = pd.concat([pd.read_csv(path) for path in sorted((results / "runs").glob("*.csv"))], ignore_index=True)
+    paths = sorted((results / "runs").glob("*/*.csv"))
+    completions = pd.concat([pd.read_csv(path) for path in paths], ignore_index=True)
     with whole(folder) as unfinished:
         for name, figure in {
             "frontier": frontier(summary, budget),

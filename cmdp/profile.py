@@ -121,11 +121,11 @@ def memory(profile: dict) -> None:
 
 
 def train(profile: dict, run: str, seed: int) -> None:
-    """Distil the student by one run's method and seed, into models/NAME/RUN-SEED: its adapter, where it trains one."""
+    """Distil the student by one run's method and seed, into models/NAME/RUN/SEED: its adapter, where it trains one."""
     from cmdp import methods
     from cmdp.models import load_pair
 
-    method, name = method_of(run), f"{run}-{seed}"
+    method, name = method_of(run), f"{run}/{seed}"
     settings = _train_settings(profile, run, seed)
     target = Path("models", profile["name"], name)
     problems_file = Path("problems", profile["name"], "train.jsonl")
@@ -174,11 +174,12 @@ def evaluate(profile: dict, run: str, seed: int) -> None:
     """Measure one run on held-out problems, into results/NAME."""
     import torch
 
+    from cmdp.collect import write_measures
     from cmdp.evaluation import evaluate as measure
     from cmdp.models import load_pair
 
     settings = profile["evaluate"]
-    name = f"{run}-{seed}"
+    name = f"{run}/{seed}"
     trained, results = Path("models", profile["name"], name), Path("results", profile["name"])
     if not trained.is_dir():
         raise FileNotFoundError(f"There is no trained student at {trained}: run `cmdp train --config` first.")
@@ -217,13 +218,15 @@ def evaluate(profile: dict, run: str, seed: int) -> None:
     texts = completions.query("decoding == 'sampled'")  # what `cmdp judge` reads
     texts = texts.assign(prompt=[problems[index]["prompt"] for index in texts["prompt"]])[["prompt", "completion"]]
     completions = completions.drop(columns="completion")
-    runs.write_measures({"runs": completions, "positions": positions, "texts": texts}, results, run, seed)
+    write_measures({"runs": completions, "positions": positions, "texts": texts}, results, run, seed)
     _finish(mark)
 
 
 def collect(profile: dict) -> None:
     """Gather all runs and seeds into results/NAME: summary, metrics, curves, times, provenance."""
-    runs.collect(profile, Path("results", profile["name"]), Path("models", profile["name"], "timing"))
+    from cmdp.collect import collect as gather_all
+
+    gather_all(profile, Path("results", profile["name"]), Path("models", profile["name"], "timing"))
 
 
 def within(problems: list[dict], tokenizer, longest: int) -> list[dict]:

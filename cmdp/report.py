@@ -124,7 +124,7 @@ def fill(text: str, name: str, content: str) -> str:
 
 def readme(text: str, results: Path, budget: dict) -> str:
     """The README with every generated table filled in from `results`."""
-    completions = pd.concat([pd.read_csv(path) for path in sorted((results / "runs").glob("*.csv"))])
+    completions = pd.concat([pd.read_csv(path) for path in sorted((results / "runs").glob("*/*.csv"))])
     text = fill(text, "results", results_table(pd.read_csv(results / "summary.csv")))
     text = fill(text, "paired", paired_table(completions, pd.read_csv(results / "tuning.csv"), budget))
     text = fill(text, "study", study_table(pd.read_csv(results / "study" / "summary.csv")))

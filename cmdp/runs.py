@@ -1,5 +1,4 @@
-"""A run of the experiment, from the files that it starts from to those that it leaves behind: distilled, measured,
-written, and all runs gathered."""
+"""A run of the experiment: a student distilled from the files that it starts from, and the log of its training."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from typing import NamedTuple
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cmdp.storage import checkpoint_folder, provenance, write_json, write_table
+from cmdp.storage import checkpoint_folder, write_table
 
 LOGGED = (  # columns of a training log that depend on nothing but the seed; the rest are times
     "step",
@@ -84,48 +83,8 @@ def steps_to(path: Path) -> Iterator[None]:
 
 
 def write_log(log: list[dict], results: Path, timing: Path, name: str) -> None:
-    """Write a training log: what the seed decides under `results`/training, the times under `timing`."""
+    """Write the training log of `name`, RUN/SEED: what the seed decides in `results`/training, times in `timing`."""
     table = pd.DataFrame([entry for entry in log if "csr" in entry])
     times = [column for column in table if column.startswith("time/")]
     write_table(table.reindex(columns=LOGGED), results / "training" / f"{name}.csv")
     write_table(table.reindex(columns=["step", *times]), timing / f"{name}.csv")
-
-
-def write_measures(tables: dict[str, pd.DataFrame], results: Path, run: str, seed: int) -> None:
-    """Write the tables of an evaluation, each under `results` in the folder that it is named for."""
-    for folder, table in tables.items():
-        table.insert(0, "run", run)
-        table.insert(1, "seed", seed)
-        write_table(table, results / folder / f"{run}-{seed}.csv")
-
-
-def gather(folder: Path, params: dict) -> pd.DataFrame:
-    """The tables of all runs and seeds in `folder`, one after the other, with columns `run` and `seed`."""
-    tables = []
-    for run in params["methods"]:
-        for seed in params["seeds"]:
-            table = pd.read_csv(folder / f"{run}-{seed}.csv")
-            if "run" not in table:
-                table.insert(0, "run", run)
-                table.insert(1, "seed", seed)
-            tables.append(table)
-    return pd.concat([table for table in tables if len(table)], ignore_index=True)
-
-
-def collect(params: dict, results: Path, timing: Path) -> None:
-    """Gather all runs of `params` into `results`: summary, metrics, training curves, times, provenance."""
-    from cmdp.statistics import summarise
-
-    summary = summarise(gather(results / "runs", params), params["budget"]["budget"], params["budget"]["budget_form"])
-    write_table(summary, results / "summary.csv")
-    nested = {
-        run: {row.measure: round(row.mean, 4) for row in group.itertuples()}
-        for run, group in summary.groupby("run", sort=False)
-    }
-    write_json(nested, results / "metrics.json")
-    write_table(gather(results / "training", params), results / "curves.csv")
-    write_table(gather(results / "positions", params), results / "positions.csv")
-    times = gather(timing, params)
-    times = times.groupby("run", sort=False).median(numeric_only=True).drop(columns=["seed", "step"])
-    write_table(times.reset_index(), results / "timing.csv")
-    write_json(provenance(), results / "provenance.json")

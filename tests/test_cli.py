@@ -58,11 +58,11 @@ def test_training_saves_safetensors_and_no_pickle_and_drops_its_checkpoints(monk
     pair("models/student", arithmetic.vocabulary())
     pair("models/teacher", arithmetic.vocabulary())
     run(monkeypatch, "train", "cmdp", "0")
-    files = {path.name for path in Path("models/runs/cmdp-0").iterdir()}
+    files = {path.name for path in Path("models/runs/cmdp/0").iterdir()}
     assert "model.safetensors" in files
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]
-    assert not Path("checkpoints/cmdp-0").exists()
-    assert len(Path("results/training/cmdp-0.csv").read_text().splitlines()) == 2
+    assert not Path("checkpoints/cmdp/0").exists()
+    assert len(Path("results/training/cmdp/0.csv").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(
@@ -130,8 +130,8 @@ def test_evaluation_writes_completions_positions_longer_problems_and_examples(mo
     pair("models/student", arithmetic.vocabulary())
     pair("models/teacher", arithmetic.vocabulary())
     run(monkeypatch, "train", "sft", "0")
-    run(monkeypatch, "evaluate", "sft", "0", evaluate=EVALUATE)
-    sizes = {name: len(pd.read_csv(f"results/{name}/sft-0.csv")) for name in ("runs", "positions", "longer")}
+    run(monkeypatch, "evaluate", "sft", evaluate=EVALUATE, seeds=[0])
+    sizes = {name: len(pd.read_csv(f"results/{name}/sft/0.csv")) for name in ("runs", "positions", "longer")}
     assert sizes == {"runs": 3 * (2 + 1), "positions": 8, "longer": 2}
-    examples = pd.read_csv("results/examples/sft-0.csv")
+    examples = pd.read_csv("results/examples/sft/0.csv")
     assert list(examples.columns) == ["run", "seed", "prompt", "completion", "problem"]

@@ -112,8 +112,8 @@ def test_an_exported_adapter_computes_the_students_logits_without_this_package(r
 def test_a_student_trained_whole_is_exported_as_it_is(tmp_path, monkeypatch):
     tokenizer = build_tokenizer(WORDS)
     student = make_model(tokenizer, seed=0)
-    student.save_pretrained(tmp_path / "models/runs/cmdp-hinge-0")
-    tokenizer.save_pretrained(tmp_path / "models/runs/cmdp-hinge-0")
+    student.save_pretrained(tmp_path / "models/runs/cmdp-hinge/0")
+    tokenizer.save_pretrained(tmp_path / "models/runs/cmdp-hinge/0")
     params = {"threads": 1, "budget": {"budget": 1.5, "budget_form": "total"}, "train": {"max_steps": 7}}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params | {"runs": {"cmdp-hinge": {"lam": 0.25}}}))
     (tmp_path / "results").mkdir()
@@ -121,7 +121,7 @@ def test_a_student_trained_whole_is_exported_as_it_is(tmp_path, monkeypatch):
     (tmp_path / "results/provenance.json").write_text('{"commit": "0123abc"}')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "set_up", lambda params: None)
-    monkeypatch.setattr(sys, "argv", ["cmdp", "export", "models/runs/cmdp-hinge-0", "out"])
+    monkeypatch.setattr(sys, "argv", ["cmdp", "export", "models/runs/cmdp-hinge/0", "out"])
     cli.main()
     torch.testing.assert_close(deploy(tmp_path / "out", tmp_path)[0], logits(student), rtol=1e-6, atol=1e-6)
     text = (tmp_path / "out/README.md").read_text()

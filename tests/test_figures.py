@@ -6,6 +6,7 @@ import pytest
 
 from cmdp import figures
 from cmdp.statistics import summarise
+from cmdp.storage import write_table
 
 RUNS = ("sft", "grpo", "gkd-grpo-weak", "cmdp-hinge")
 
@@ -13,7 +14,6 @@ RUNS = ("sft", "grpo", "gkd-grpo-weak", "cmdp-hinge")
 @pytest.fixture
 def results(tmp_path):
     rng = np.random.default_rng(0)
-    (tmp_path / "runs").mkdir()
     tables = []
     for run in RUNS:
         for seed in (0, 1):
@@ -28,7 +28,7 @@ def results(tmp_path):
                 cost=rng.exponential(size=size),
                 peak=rng.random(size),
             )
-            table.to_csv(tmp_path / "runs" / f"{run}-{seed}.csv", index=False)
+            write_table(table, tmp_path / "runs" / run / f"{seed}.csv")
             tables.append(table)
     summarise(pd.concat(tables), 1.0).to_csv(tmp_path / "summary.csv", index=False)
     steps = pd.DataFrame({"step": range(1, 21), "task_reward": 0.5, "csr": 0.9, "cost/mean": 1.5})

@@ -66,10 +66,10 @@ def test_a_whole_experiment_runs_from_the_command_line(small, monkeypatch, capsy
         command(monkeypatch, stage, "--config", str(small))
     for run in ("sft", "cmdp"):
         for seed in (0, 1):
-            files = {path.name for path in Path(f"models/small/{run}-{seed}").iterdir()}
+            files = {path.name for path in Path(f"models/small/{run}/{seed}").iterdir()}
             assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= files
             assert not [name for name in files if name.endswith((".bin", ".pt"))]
-            assert len(pd.read_csv(f"results/small/runs/{run}-{seed}.csv")) == 3 * (2 + 1)
+            assert len(pd.read_csv(f"results/small/runs/{run}/{seed}.csv")) == 3 * (2 + 1)
     assert len(pd.read_csv("results/small/curves.csv")) == 2 * 4
     summary = pd.read_csv("results/small/summary.csv").set_index(["run", "measure"])
     assert summary.loc[("cmdp", "csr"), "seeds"] == 2
@@ -80,10 +80,10 @@ def test_a_whole_experiment_runs_from_the_command_line(small, monkeypatch, capsy
     command(monkeypatch, "train", "--config", str(small), "cmdp", "1")
     command(monkeypatch, "evaluate", "--config", str(small), "cmdp", "1")
     assert capsys.readouterr().out.count("is finished") == 2
-    before = Path("results/small/training/cmdp-1.csv").read_text()
+    before = Path("results/small/training/cmdp/1.csv").read_text()
     command(monkeypatch, "train", "--config", str(small), "cmdp", "1", "train.learning_rate=0.5", "train.max_steps=2")
-    assert len(pd.read_csv("results/small/training/cmdp-1.csv")) == 2
-    assert Path("results/small/training/cmdp-1.csv").read_text() != before
+    assert len(pd.read_csv("results/small/training/cmdp/1.csv")) == 2
+    assert Path("results/small/training/cmdp/1.csv").read_text() != before
 
 
 def test_an_interrupted_run_goes_on_from_its_checkpoint(small, monkeypatch, capsys):
@@ -103,10 +103,10 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(small, monkeypatch, caps
     monkeypatch.setattr(CMDPTrainer, "training_step", cut)
     with pytest.raises(SystemExit, match="the power is gone"):
         command(monkeypatch, "train", "--config", str(small), "cmdp", "0")
-    assert not Path("models/small/cmdp-0").exists()
+    assert not Path("models/small/cmdp/0").exists()
     command(monkeypatch, "train", "--config", str(small), "cmdp", "0")
     assert steps == [0, 1, 2, 2, 3]
-    assert pd.read_csv("results/small/training/cmdp-0.csv")["step"].tolist() == [1, 2, 3, 4]
+    assert pd.read_csv("results/small/training/cmdp/0.csv")["step"].tolist() == [1, 2, 3, 4]
     assert methods
 
 
@@ -114,8 +114,8 @@ def test_training_all_weights_saves_a_model_that_evaluation_loads(small, monkeyp
     for stage in ("data", "train", "evaluate"):
         words = () if stage == "data" else ("cmdp", "0")
         command(monkeypatch, stage, "--config", str(small), *words, "student.lora=null")
-    assert Path("models/small/cmdp-0/model.safetensors").is_file()
-    assert Path("results/small/runs/cmdp-0.csv").is_file()
+    assert Path("models/small/cmdp/0/model.safetensors").is_file()
+    assert Path("results/small/runs/cmdp/0.csv").is_file()
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_training_all_weights_saves_a_model_that_evaluation_loads(small, monkeyp
         (("train", "--config", "small.yaml", "extra=3"), "'extra' is wrong or missing"),
         (("train", "--config", "small.yaml", "student.fourbit=true"), "student knows no fourbit"),
         (("train", "--config", "small.yaml", "cmdp", "0"), r"There are no problems at problems/small/train\.jsonl"),
-        (("evaluate", "--config", "small.yaml", "cmdp", "0"), "There is no trained student at models/small/cmdp-0"),
+        (("evaluate", "--config", "small.yaml", "cmdp", "0"), "There is no trained student at models/small/cmdp/0"),
         (("data", "--config", "small.yaml", "cmdp"), "takes no 'cmdp'"),
         (("train", "cmdp"), "name a RUN and a SEED"),
         (("data", "train.max_steps=1"), "goes with --config only"),
@@ -191,7 +191,7 @@ def test_the_colab_notebook_runs_on_a_cpu_with_small_models(small):
         progress_bar=False,
         kernel_name="python3",
     )
-    assert {path.name for path in Path("results/small/runs").iterdir()} == {"sft-0.csv", "cmdp-0.csv"}
+    assert {path.name for path in Path("results/small/runs").iterdir()} == {"sft", "cmdp"}
     assert "right answers" in Path("executed.ipynb").read_text()
 
 

@@ -60,7 +60,7 @@ def test_what_readme_says_of_the_default_experiment_is_so():
     """The prose below the tables, which no command writes."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     soft = yaml.safe_load((ROOT / "tuning" / "chosen.yaml").read_text())["best"]["soft"]
-    completions = pd.concat([pd.read_csv(path) for path in (ROOT / "results" / "runs").glob("*.csv")])
+    completions = pd.concat([pd.read_csv(path) for path in (ROOT / "results" / "runs").glob("*/*.csv")])
     sampled = with_budget(completions[completions["decoding"] == "sampled"], **params["budget"])
     by_run = dict(list(sampled.groupby("run")))
 
@@ -71,8 +71,7 @@ def test_what_readme_says_of_the_default_experiment_is_so():
         assert minus("cmdp", column)[1] < 0  # stays below on every column
         low, high = minus("cmdp-adaptive", column)
         assert low < 0 < high  # is not told apart on any
-    for run in ("cmdp-overshoot", "cmdp-hinge"):
-        assert minus(run, "correct_within")[1] < 0
+    assert minus("cmdp-overshoot", "correct_within")[1] < 0
 
 
 def test_what_readme_says_of_the_learners_on_trees_is_so():

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from cmdp.storage import write_table
 from cmdp.study import arms, claims, tables
 from cmdp.study.arms import COLUMNS
 
@@ -70,11 +71,10 @@ def verdicts(table: pd.DataFrame, theory=THEORY, **near: int) -> pd.Series:
 def test_the_runs_of_the_default_experiment_and_the_arms_make_one_table(tmp_path):
     own = completions()
     for folder, split in (("runs", "test"), ("longer", "longer")):
-        (tmp_path / folder).mkdir()
         part = own[(own["arm"] == "cmdp") & (own["split"] == split) & (own["seed"] < 2)]
         part = part.rename(columns={"arm": "run"}).drop(columns="split").assign(decoding="sampled")
         greedy = part.head(3).assign(decoding="greedy")
-        pd.concat([part, greedy]).to_csv(tmp_path / folder / "cmdp-0.csv", index=False)
+        write_table(pd.concat([part, greedy]), tmp_path / folder / "cmdp" / "0.csv")
     (tmp_path / "study" / "arms").mkdir(parents=True)
     more = own[(own["arm"] == "cmdp") & (own["seed"] >= 2)]
     more.drop(columns="arm").to_csv(tmp_path / "study" / "arms" / "cmdp.csv", index=False)

@@ -11,6 +11,7 @@ import yaml
 from matplotlib import pyplot as plt
 
 from cmdp.figures import family
+from cmdp.storage import write_table
 from cmdp.study import arms, figures, tables
 
 ROOT = Path(__file__).parents[1]
@@ -18,7 +19,7 @@ ARMS = yaml.safe_load((ROOT / "study" / "params.yaml").read_text())["arms"]
 DRAWN = ("frontier", "paired", "sensitivity", "ablations", "capacity", "violation", "drift")
 METHODS = [arm for arm, settings in ARMS.items() if settings["family"] == "method"]
 AWARE = ("cmdp", "cmdp-overshoot", "cmdp-hinge", "cmdp-adaptive", "dual", "saute-constant", "worst-case")
-SWEPT = ("cmdp", "cmdp-hinge", "cmdp-adaptive")  # trained for other budgets, too
+SWEPT = ("cmdp", "cmdp-adaptive")  # trained for other budgets, too
 MEASURES = (
     *("accuracy", "csr", "accuracy_within", "validity", "cost", "kl_per_token", "entropy", "tokens", "lucky"),
     *("calibration_error", "diversity", "style_distance", "longer_accuracy", "longer_csr", "longer_validity"),
@@ -261,11 +262,10 @@ def test_the_notebooks_run_on_the_tables(results, tmp_path, monkeypatch, name):
         path = tmp_path / "figures" / "study" / f"{drawn}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    (tmp_path / "results" / "examples").mkdir()
     texts = {"prompt": range(5), "completion": [f"by luck {place}" for place in range(5)], "problem": "2+2"}
     for run, rows in (("cmdp", 5), ("cmdp-hinge", 5), ("grpo", 0)):
         table = pd.DataFrame({"run": run, "seed": 0, **texts}).head(rows)
-        table.to_csv(tmp_path / "results" / "examples" / f"{run}-0.csv", index=False)
+        write_table(table, tmp_path / "results" / "examples" / run / "0.csv")
     monkeypatch.chdir(tmp_path / "notebooks")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     papermill.execute_notebook(

@@ -48,7 +48,7 @@ def read(results: Path, arms: dict) -> pd.DataFrame:
     """
     tables = []
     for folder, split in (("runs", "test"), ("longer", "longer")):
-        for path in sorted((results / folder).glob("*.csv")):
+        for path in sorted((results / folder).glob("*/*.csv")):
             table = pd.read_csv(path, keep_default_na=False)
             tables.append(table[table["decoding"] == "sampled"].assign(arm=table["run"], split=split))
     for name in arms:

@@ -40,6 +40,8 @@ ABLATIONS = {  # what an arm changes in the method that it is an ablation of
     "cmdp-margin": "aims below the budget",
     "cmdp-hinge-both-parts": "long-term part too",
     "gkd-grpo-both-parts": "long-term part too",
+    "gkd-grpo-longer": "three times the steps",
+    "cmdp-adaptive-longer": "three times the steps",
 }
 TRACED = ("sft", "grpo", "gkd", "cmdp", "cmdp-hinge", "cmdp-adaptive")  # and the best soft Lagrangian: all are too many
 FEW = 30  # completions: a share of fewer is not drawn
