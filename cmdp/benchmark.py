@@ -14,7 +14,8 @@ import pandas as pd
 import torch
 from datasets import Dataset
 
-from cmdp.models import build_model, build_tokenizer
+from cmdp.memory import device_name
+from cmdp.models import build_model, build_tokenizer, pick_device
 from cmdp.storage import provenance, write_table
 
 PHASES = ("generation", "scoring", "update", "step")
@@ -51,9 +52,8 @@ def benchmark(params: dict, out: Path) -> pd.DataFrame:
     table = pd.DataFrame([(*key, *pd.Series(values).agg(["median", "min", "max"])) for key, values in measured.items()])
     table.columns = ["trainer", "phase", "median", "min", "max"]
     table.insert(2, "unit", ["ratio" if "/" in name else "seconds" for name in table["trainer"]])
-    machine = provenance()
-    device = machine["processor"] if params["use_cpu"] else torch.cuda.get_device_name()
-    libraries = {name: machine["libraries"][name] for name in ("torch", "trl")}
+    libraries = {name: provenance()["libraries"][name] for name in ("torch", "trl")}
+    device = device_name(pick_device(params["use_cpu"]))
     table = table.assign(repeats=len(turns), **libraries, device=device)
     write_table(table, out)
     return table

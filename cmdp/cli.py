@@ -262,6 +262,14 @@ def export(params: dict, arguments: argparse.Namespace) -> None:
     write(arguments.folder, arguments.target, settings, summary, record["commit"], arguments.merge)
 
 
+def prune(_: dict, arguments: argparse.Namespace) -> None:
+    """Make a student of a model's own weights, by leaving out layers."""
+    from cmdp.prune import prune as leave_out
+
+    before, after = leave_out(arguments.model, arguments.without, arguments.target)
+    print(f"{arguments.target}: {after:,} parameters of {before:,}")
+
+
 def judge(_: dict, arguments: argparse.Namespace) -> None:
     """Pairwise reasoning win rate of run A over run B, judged in both orders by a model behind an endpoint."""
     from cmdp.judge import Endpoint, read_completions
@@ -313,7 +321,8 @@ def main() -> None:
     parser.add_argument("--overlay", type=Path, help="a profile, laid over the parameters")
     commands = parser.add_subparsers(required=True, metavar="command")
     of_the_pipeline = (data, supervised, train, evaluate, collect, theory, figures, arm, notebook)
-    for stage in (*of_the_pipeline, memory, trial, choose, study, report, benchmark, gsm8k, export, judge, overlay):
+    of_models = (memory, prune, export, judge, gsm8k)
+    for stage in (*of_the_pipeline, trial, choose, study, report, benchmark, *of_models, overlay):
         command = commands.add_parser(stage.__name__, help=stage.__doc__)
         command.set_defaults(stage=stage)
         if stage is supervised:
@@ -328,6 +337,10 @@ def main() -> None:
             command.add_argument("folder", type=Path, help="a trained student: models/runs/cmdp-adaptive/0")
             command.add_argument("target", type=Path, help="a new folder")
             command.add_argument("--merge", action="store_true", help="merge a LoRA adapter into its base model")
+        if stage is prune:
+            command.add_argument("model", help="a Hub id, a local folder or a GGUF file")
+            command.add_argument("target", type=Path, help="a new folder")
+            command.add_argument("--without", type=int, nargs="+", required=True, help="layers, counted from 0")
         if stage is judge:
             command.add_argument("a", type=Path, help="completions of run A: a CSV with prompt, completion[, sample]")
             command.add_argument("b", type=Path, help="of run B")

@@ -6,6 +6,7 @@ does not add up, since it is freed in between: the largest counts.
 """
 
 import copy
+import resource
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from cmdp.models import LORA, ModelSpec, load_config
+from cmdp.storage import provenance
 
 GIB = 2**30
 # nf4: half a byte a weight, an 8-bit scale for 64 of them and, of those scales, a float32 for 256
@@ -132,6 +134,18 @@ def device_memory(device: torch.device) -> int:
     import psutil
 
     return psutil.virtual_memory().total
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else provenance()["processor"]
+
+
+def taken(device: torch.device) -> int:
+    """Bytes that this process has held at most: of the GPU, or of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _skeleton(config, **changes) -> nn.Module:

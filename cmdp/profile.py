@@ -24,10 +24,10 @@ from pathlib import Path
 import yaml
 
 from cmdp import runs
-from cmdp.memory import check_memory, device_memory, memory_sum
+from cmdp.memory import GIB, check_memory, device_memory, device_name, memory_sum, peak, taken
 from cmdp.methods import method_of
 from cmdp.models import ModelSpec, model_spec, pick_device, pick_dtype, shared_tokenizer
-from cmdp.storage import checkpoint_folder, whole
+from cmdp.storage import checkpoint_folder, whole, write_json, write_text
 from cmdp.tasks import load_task, read_problems
 
 SECTIONS = ("task", "student", "teacher", "budget", "train", "methods", "runs", "seeds", "evaluate")
@@ -140,10 +140,8 @@ def train(profile: dict, run: str, seed: int) -> None:
     device = pick_device(settings.get("use_cpu", False))
     shared_tokenizer(student, teacher)  # raises if a divergence is not defined
     longest, available = profile["task"]["prompt_length"], device_memory(device)
-    check_memory(
-        memory_sum(student, teacher, settings, longest, device.type, pick_dtype(device), available),
-        available,
-    )
+    items = memory_sum(student, teacher, settings, longest, device.type, pick_dtype(device), available)
+    check_memory(items, available)
     student, teacher, tokenizer = load_pair(student, teacher, settings.get("use_cpu", False))
     log = []
     if method != "sft":
@@ -163,7 +161,10 @@ def train(profile: dict, run: str, seed: int) -> None:
             )
     if int(os.environ.get("RANK", "0")) > 0:
         return
-    runs.write_log(log, Path("results", profile["name"]), Path("models", profile["name"], "timing"), name)
+    results = Path("results", profile["name"])
+    runs.write_log(log, results, Path("models", profile["name"], "timing"), name)
+    memory = {"device": device_name(device), "summed_gib": peak(items) / GIB, "taken_gib": taken(device) / GIB}
+    write_json(memory, results / "memory" / f"{name}.json")
     with whole(target) as folder:
         student.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -223,10 +224,13 @@ def evaluate(profile: dict, run: str, seed: int) -> None:
 
 
 def collect(profile: dict) -> None:
-    """Gather all runs and seeds into results/NAME: summary, metrics, curves, times, provenance."""
+    """Gather all runs and seeds into results/NAME: summary, metrics, curves, times, provenance, and the profile that
+    they were run with, what the command line said included."""
     from cmdp.collect import collect as gather_all
 
-    gather_all(profile, Path("results", profile["name"]), Path("models", profile["name"], "timing"))
+    results = Path("results", profile["name"])
+    gather_all(profile, results, Path("models", profile["name"], "timing"))
+    write_text(yaml.safe_dump(profile, sort_keys=False), results / "profile.yaml")
 
 
 def within(problems: list[dict], tokenizer, longest: int) -> list[dict]:

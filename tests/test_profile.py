@@ -71,6 +71,10 @@ def test_a_whole_experiment_runs_from_the_command_line(small, monkeypatch, capsy
             assert not [name for name in files if name.endswith((".bin", ".pt"))]
             assert len(pd.read_csv(f"results/small/runs/{run}/{seed}.csv")) == 3 * (2 + 1)
     assert len(pd.read_csv("results/small/curves.csv")) == 2 * 4
+    assert yaml.safe_load(Path("results/small/profile.yaml").read_text()) == profile.read(small, [])
+    memory = json.loads(Path("results/small/memory/cmdp/0.json").read_text())
+    assert 0 < memory["summed_gib"] < 2 > memory["taken_gib"] > 0
+    assert memory["device"]
     summary = pd.read_csv("results/small/summary.csv").set_index(["run", "measure"])
     assert summary.loc[("cmdp", "csr"), "seeds"] == 2
     assert set(json.loads(Path("results/small/metrics.json").read_text())) == {"sft", "cmdp"}
