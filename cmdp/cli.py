@@ -16,8 +16,6 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from cmdp import runs
-from cmdp.runs import steps_to
 from cmdp.storage import checkpoint_folder, provenance, whole, write_json, write_table, write_text
 
 CHOSEN, STUDY = Path("tuning/chosen.yaml"), Path("study/params.yaml")
@@ -39,6 +37,7 @@ def data(params: dict, _: argparse.Namespace) -> None:
 def supervised(params: dict, arguments: argparse.Namespace) -> None:
     """Train the teacher or the student on solutions."""
     from cmdp.models import build_model, build_tokenizer
+    from cmdp.runs import steps_to
     from cmdp.supervised import train_supervised
     from cmdp.tasks import load_task, read_problems
 
@@ -60,10 +59,12 @@ def supervised(params: dict, arguments: argparse.Namespace) -> None:
 
 def train(params: dict, arguments: argparse.Namespace) -> None:
     """Distil the student by one run's method and seed."""
+    from cmdp.runs import distil, write_log
+
     run, name = arguments.run, f"{arguments.run}/{arguments.seed}"
     settings = {**params["train"], **params["budget"], **params["runs"].get(run, {}), "seed": arguments.seed}
-    trained = runs.distil(run, settings, params["task"]["name"], DATA, MODELS, "student", name)
-    runs.write_log(trained.log, RESULTS, MODELS / "timing", name)
+    trained = distil(run, settings, params["task"]["name"], DATA, MODELS, "student", name)
+    write_log(trained.log, RESULTS, MODELS / "timing", name)
     with whole(MODELS / "runs" / name) as folder:
         trained.student.save_pretrained(folder)
         trained.tokenizer.save_pretrained(folder)
@@ -85,6 +86,7 @@ def measure(params: dict, pair: tuple, seed: int) -> dict[str, pd.DataFrame]:
     problems (`longer`), the cumulative cost by position (`positions`), and the texts whose answer is right and whose
     steps are not (`examples`)."""
     from cmdp.evaluation import evaluate as measure
+    from cmdp.runs import longer_problems
     from cmdp.tasks import load_task, read_problems
 
     settings, task = params["evaluate"], load_task(params["task"]["name"])
@@ -99,7 +101,7 @@ def measure(params: dict, pair: tuple, seed: int) -> dict[str, pd.DataFrame]:
     more, _ = measure(
         *pair,
         task,
-        runs.longer_problems(task, longer, params["task"]["seed"]),
+        longer_problems(task, longer, params["task"]["seed"]),
         longer["samples"],
         longer["max_completion_length"],
         settings["batch_size"],
@@ -147,6 +149,7 @@ def theory(params: dict, _: argparse.Namespace) -> None:
 def trial(params: dict, arguments: argparse.Namespace) -> None:
     """Train one trial of the tuning grid and measure it on validation prompts."""
     from cmdp.evaluation import evaluate as measure
+    from cmdp.runs import distil
     from cmdp.statistics import with_budget
     from cmdp.tasks import load_task, read_problems
 
@@ -154,7 +157,7 @@ def trial(params: dict, arguments: argparse.Namespace) -> None:
     run, name = arguments.run, f"{arguments.run}-{arguments.index}"
     tried = tuning["grid"][run][arguments.index]
     settings = {**params["train"], **params["budget"], **tried, "seed": tuning["seed"]}
-    trained = runs.distil(run, settings, params["task"]["name"], DATA, MODELS, "student", f"tuning/{name}")
+    trained = distil(run, settings, params["task"]["name"], DATA, MODELS, "student", f"tuning/{name}")
     completions, _ = measure(
         trained.student,
         trained.teacher,

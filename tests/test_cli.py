@@ -1,6 +1,8 @@
 """The commands: what they write, and the one line that they say when something is wrong."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -135,3 +137,12 @@ def test_evaluation_writes_completions_positions_longer_problems_and_examples(mo
     assert sizes == {"runs": 3 * (2 + 1), "positions": 8, "longer": 2}
     examples = pd.read_csv("results/examples/sft/0.csv")
     assert list(examples.columns) == ["run", "seed", "prompt", "completion", "problem"]
+
+
+def test_a_stage_computes_with_the_threads_that_the_parameters_say():
+    """OpenMP reads their number when torch is loaded, so that nothing may load it before `set_up`: two stages side by
+    side would else wait for each other's threads."""
+    code = "from cmdp import cli; cli.set_up({'threads': 1}); import torch; print(torch.get_num_threads())"
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout == "1\n"
