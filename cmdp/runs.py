@@ -78,7 +78,7 @@ def longer_problems(task: ModuleType, settings: dict, seed: int) -> list[dict[st
 def steps_to(path: Path) -> Iterator[None]:
     """Send what a trainer prints, a line a step, to a file beside its checkpoints: `tail -f` follows it."""
     print(f"Training: its steps are printed to {path}", flush=True)
-    with open(path, "a", encoding="utf-8") as lines, contextlib.redirect_stdout(lines):
+    with open(path, "a", buffering=1, encoding="utf-8") as lines, contextlib.redirect_stdout(lines):
         yield
 
 
