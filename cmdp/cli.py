@@ -230,7 +230,8 @@ def report(params: dict, _: argparse.Namespace) -> None:
     """Compute the verdict of each claim from the results, and write the generated tables of README.md."""
     from cmdp.report import readme
 
-    judge_claims(params)
+    if (RESULTS / "study" / "strength.csv").is_file():
+        judge_claims(params)
     path = Path("README.md")
     write_text(readme(path.read_text(encoding="utf-8"), RESULTS, params["budget"]), path)
 
@@ -307,6 +308,8 @@ def read_params(path: Path, overlay: Path | None = None) -> dict:
         nested = {key: merge(base[key], top[key]) for key in both if isinstance(top[key], dict) and base[key]}
         return base | top | nested
 
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no {path} here: run `cmdp` at the root of the repository.")
     params = yaml.safe_load(path.read_text(encoding="utf-8"))
     if CHOSEN.is_file():
         params |= yaml.safe_load(CHOSEN.read_text(encoding="utf-8"))
@@ -361,7 +364,7 @@ def main() -> None:
             command.add_argument("--config", type=Path, help="a profile of real models, instead of the parameters")
             words = "section.field=value: with --config, what the profile is to say instead"
             if stage in (train, evaluate):
-                words = "RUN (a method, with its variant: gkd-grpo-weak) and, to train it, SEED; " + words
+                words = "RUN (a method, with its variant: gkd-grpo-weak), and SEED to train or with --config; " + words
             command.add_argument("words", nargs="*", help=words)
     arguments = parser.parse_args()
     try:

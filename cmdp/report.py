@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from cmdp.statistics import bootstrap, cells, with_budget
 from cmdp.theory import OURS
@@ -66,8 +67,8 @@ def wide(table: pd.DataFrame, index: str, columns: str, value: str = "mean") -> 
     return laid_out.loc[table[index].unique(), table[columns].unique()].fillna("")
 
 
-def _cell(row: pd.Series, scale: int) -> str:
-    mean, low, high = (f"{scale * row[name]:z.1f}" for name in ("mean", "low", "high"))
+def _cell(row: pd.Series, scale: int, digits: int = 1) -> str:
+    mean, low, high = (f"{scale * row[name]:z.{digits}f}" for name in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
 
 
@@ -113,6 +114,38 @@ def study_table(summary: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def laptop_table(results: Path) -> str:
+    """What a run of profiles/laptop.yaml measured as a Markdown table: a row a method, and what it was run on."""
+    table = pd.read_csv(results / "summary.csv").set_index(["run", "measure"])
+    times = pd.read_csv(results / "timing.csv").set_index("run")
+    profile = yaml.safe_load((results / "profile.yaml").read_text(encoding="utf-8"))
+    memory = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((results / "memory").glob("*/*.json"))]
+    measures = {"accuracy": COLUMNS["accuracy"], "csr": COLUMNS["csr"], "kl_per_token": "nats a token"}
+    measures |= {"cost": COLUMNS["cost"]}
+    phases = ("generation", "scoring", "update")
+    lines = ["| run | " + " | ".join(measures.values()) + " | seconds a step: " + ", ".join(phases) + " |"]
+    lines.append("|---" * (len(measures) + 2) + "|")
+    for run in table.index.unique("run"):
+        row = [
+            _cell(table.loc[(run, name)], 100 if "%" in title else 1, 3 if name == "kl_per_token" else 1)
+            for name, title in measures.items()
+        ]
+        seconds = [times.loc[run, f"time/{phase}"] for phase in phases] if run in times.index else []
+        row.append(", ".join(f"{second:.0f}" for second in seconds if second == second) or "-")
+        lines.append(f"| {run} | " + " | ".join(row) + " |")
+    train, budget, evaluated = profile["train"], profile["budget"]["budget"], profile["evaluate"]
+    processor = memory[0]["device"]
+    taken, summed = (max(entry[key] for entry in memory) for key in ("taken_gib", "summed_gib"))
+    lines += [
+        "",
+        f"{train['max_steps']} steps of {train['per_device_train_batch_size']} completions of at most "
+        f"{train['max_completion_length']} tokens, a budget of {budget} nats a token; measured on "
+        f"{evaluated['prompts']} held-out prompts, {evaluated['samples']} completions each, one seed. A thread of a "
+        f"{processor}; memory {taken:.1f} GiB, of {summed:.1f} by the sum.",
+    ]
+    return "\n".join(lines)
+
+
 def fill(text: str, name: str, content: str) -> str:
     """`text` with what stands between the markers of `name` replaced. Raises `ValueError` where a marker is missing."""
     begin, end = f"<!-- {name}: generated -->\n", f"<!-- {name}: end -->"
@@ -123,10 +156,13 @@ def fill(text: str, name: str, content: str) -> str:
 
 
 def readme(text: str, results: Path, budget: dict) -> str:
-    """The README with every generated table filled in from `results`."""
+    """The README with every generated table filled in from `results`; the study's only where it has been run."""
     completions = pd.concat([pd.read_csv(path) for path in sorted((results / "runs").glob("*/*.csv"))])
     text = fill(text, "results", results_table(pd.read_csv(results / "summary.csv")))
     text = fill(text, "paired", paired_table(completions, pd.read_csv(results / "tuning.csv"), budget))
-    text = fill(text, "study", study_table(pd.read_csv(results / "study" / "summary.csv")))
-    text = fill(text, "claims", claims_table(pd.read_csv(results / "study" / "claims.csv")))
+    if (results / "study" / "claims.csv").is_file():
+        text = fill(text, "study", study_table(pd.read_csv(results / "study" / "summary.csv")))
+        text = fill(text, "claims", claims_table(pd.read_csv(results / "study" / "claims.csv")))
+    if (results / "laptop" / "profile.yaml").is_file():
+        text = fill(text, "laptop", laptop_table(results / "laptop"))
     return fill(text, "theory", theory_table(results / "theory"))

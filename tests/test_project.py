@@ -84,6 +84,14 @@ def test_what_readme_says_of_the_learners_on_trees_is_so():
     assert ours["csr"] > 0.99
 
 
+def test_before_the_study_has_run_its_tables_stay_as_they_are(tmp_path):
+    for part in ("runs", "theory", "summary.csv", "tuning.csv"):
+        (tmp_path / part).symlink_to(ROOT / "results" / part)
+    text = (ROOT / "README.md").read_text()
+    budget = yaml.safe_load((ROOT / "params.yaml").read_text())["budget"]
+    assert report.readme(text.replace("| run |", "| RUN |", 1), tmp_path, budget) == text
+
+
 def test_a_missing_marker_is_an_error():
     with pytest.raises(ValueError, match="lacks the markers of 'results'"):
         report.fill("nothing here", "results", "table")
