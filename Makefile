@@ -15,6 +15,8 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 export HF_HUB_OFFLINE := 1
+# the default pipeline, by groups of stages that can run side by side
+STAGES := data "theory supervised" train evaluate collect "figures theory-figures" notebook
 
 .PHONY: setup repro study tune benchmark laptop smoke test lint lab
 
@@ -27,7 +29,7 @@ $(BIN)/.ready: requirements.lock pyproject.toml
 	touch $@
 
 repro: setup
-	./parallel.sh $(JOBS) data "theory supervised" train evaluate collect "figures theory-figures" notebook
+	./parallel.sh $(JOBS) $(STAGES)
 	dvc repro
 	cmdp report
 
@@ -72,7 +74,7 @@ smoke: setup
 		| tar --create --null --files-from - --ignore-failed-read | tar --extract --directory .smoke
 	cmdp --overlay profiles/smoke.yaml overlay > .smoke/params.yaml
 	cd .smoke && git init --quiet && export PYTHONPATH=$(CURDIR)/.smoke && \
-		./parallel.sh $(JOBS) data "theory supervised" train evaluate collect "figures theory-figures" notebook && dvc repro && \
+		./parallel.sh $(JOBS) $(STAGES) && dvc repro && \
 		cd study && ../parallel.sh $(JOBS) "arm@cmdp-k3 arm@cmdp-return-to-go"
 	@echo "The pipeline ran: see .smoke/results and .smoke/figures."
 

@@ -52,7 +52,8 @@ def benchmark(params: dict, out: Path) -> pd.DataFrame:
     table = pd.DataFrame([(*key, *pd.Series(values).agg(["median", "min", "max"])) for key, values in measured.items()])
     table.columns = ["trainer", "phase", "median", "min", "max"]
     table.insert(2, "unit", ["ratio" if "/" in name else "seconds" for name in table["trainer"]])
-    libraries = {name: provenance()["libraries"][name] for name in ("torch", "trl")}
+    versions = provenance()["libraries"]
+    libraries = {name: versions[name] for name in ("torch", "trl")}
     device = device_name(pick_device(params["use_cpu"]))
     table = table.assign(repeats=len(turns), **libraries, device=device)
     write_table(table, out)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from cmdp.models import LORA, ModelSpec, load_config
-from cmdp.storage import provenance
+from cmdp.storage import processor
 
 GIB = 2**30
 # nf4: half a byte a weight, an 8-bit scale for 64 of them and, of those scales, a float32 for 256
@@ -138,7 +138,7 @@ def device_memory(device: torch.device) -> int:
 
 def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else provenance()["processor"]
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
 
 
 def taken(device: torch.device) -> int:

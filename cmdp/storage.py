@@ -94,7 +94,7 @@ def provenance() -> dict:
         "commit": _git("rev-parse", "HEAD"),
         "python": platform.python_version(),
         "libraries": {name: version(name) for name in LIBRARIES},
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
     }
 
@@ -104,7 +104,8 @@ def _git(*arguments: str) -> str:
     return result.stdout.strip() or "unknown"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of this machine's processor."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
