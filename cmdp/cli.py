@@ -202,7 +202,7 @@ def study(params: dict, _: argparse.Namespace) -> None:
     if not measured:
         raise FileNotFoundError(f"There are no arms under {MODELS / 'arms'}: run `make study` first.")
     times = pd.concat([pd.read_csv(path) for path in measured])
-    tables.write_all(arms.read(RESULTS, settings["arms"]), times, params, settings, RESULTS / "study")
+    tables.write_all(arms.read(RESULTS, params, settings["arms"]), times, params, settings, RESULTS / "study")
     judge_claims(params)
 
 

@@ -17,11 +17,18 @@ def write_measures(tables: dict[str, pd.DataFrame], results: Path, run: str, see
 
 
 def gather(folder: Path, params: dict) -> pd.DataFrame:
-    """The tables of all runs and seeds in `folder`, one after the other, with columns `run` and `seed`."""
+    """The tables of all runs and seeds in `folder`, one after the other, with columns `run` and `seed`.
+
+    Raises:
+        FileNotFoundError: one of them is not there.
+    """
     tables = []
     for run in params["methods"]:
         for seed in params["seeds"]:
-            table = pd.read_csv(folder / run / f"{seed}.csv")
+            path = folder / run / f"{seed}.csv"
+            if not path.is_file():
+                raise FileNotFoundError(f"There is no {path}: run the pipeline first (`make repro`).")
+            table = pd.read_csv(path)
             if "run" not in table:
                 table.insert(0, "run", run)
                 table.insert(1, "seed", seed)

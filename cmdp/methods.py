@@ -21,7 +21,7 @@ METHODS = {
     "cmdp": {"reward_form": "exhausted"},
     "cmdp-overshoot": {"reward_form": "overshoot"},
     "cmdp-hinge": {"reward_form": "hinge", "long_term": False},
-    "cmdp-adaptive": {"reward_form": "hinge", "long_term": False, "csr_target": 0.95, "lam": 1.0},
+    "cmdp-adaptive": {"reward_form": "hinge", "long_term": False, "csr_target": 0.98, "lam": 1.0},
     "worst-case": {"reward_form": "overshoot"},
 }
 TRL = ("trl-grpo", "trl-gkd")  # the library's own trainers, as they are

@@ -65,7 +65,7 @@ class CMDPConfig(GRPOConfig):
     distil_steps: int = field(default=0, metadata={"help": "Steps of pure distillation before the method begins."})
     csr_target: float | None = field(
         default=None,
-        metadata={"help": "Distil, in place of the method's step, while the batch's CSR is below it (CRPO)."},
+        metadata={"help": "Charge all of the divergence, not its overshoot alone, while the batch's CSR is below it."},
     )
     dual_rate: float = field(
         default=0.0, metadata={"help": "lambda rises by this times E[C] - d each step (dual ascent), from `lam`."}
@@ -293,13 +293,15 @@ class CMDPTrainer(GRPOTrainer):
     def _objective(self, csr: float) -> Objective:
         """What this step maximises; `csr` is that of its rollouts."""
         args, step = self.args, self.state.global_step
-        if step < args.distil_steps or (args.csr_target is not None and csr < args.csr_target):
+        if step < args.distil_steps:
             return Objective(args.budget, "lagrangian", task_weight=0.0, lam=1.0, penalty=0.0, long_term=False)
         budget = args.budget
         if args.budget_from is not None:
             left = max(0.0, 1 - 2 * step / max(1, self.state.max_steps))
             budget += left * (args.budget_from - args.budget)
         lam = self._dual_variable if args.dual_rate else args.lam
+        if args.csr_target is not None and csr < args.csr_target:
+            return Objective(budget, "lagrangian", args.task_weight, lam, penalty=0.0, long_term=args.long_term)
         return Objective(budget, args.reward_form, args.task_weight, lam, args.penalty, args.long_term)
 
     @property

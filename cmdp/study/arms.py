@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from cmdp.collect import gather
+
 COLUMNS = ["seed", "split", "prompt", "correct", "valid", "tokens", "entropy", "cost", "peak", "confidence", "style"]
 
 
@@ -41,20 +43,23 @@ def arm(params: dict, settings: dict, measure, paths: dict[str, Path], name: str
     return table, pd.DataFrame([times]), trained.checkpoints
 
 
-def read(results: Path, arms: dict) -> pd.DataFrame:
+def read(results: Path, params: dict, arms: dict) -> pd.DataFrame:
     """Every sampled completion of the default experiment and of the study: `COLUMNS`, and `arm`.
 
     The default experiment's runs are arms of their own names; an arm of the same name adds seeds to them.
+
+    Raises:
+        FileNotFoundError: the default experiment has not been run.
+        ValueError: an arm has a seed that the default experiment has, too.
     """
     tables = []
     for folder, split in (("runs", "test"), ("longer", "longer")):
-        for path in sorted((results / folder).glob("*/*.csv")):
-            table = pd.read_csv(path, keep_default_na=False)
-            tables.append(table[table["decoding"] == "sampled"].assign(arm=table["run"], split=split))
-    for name in arms:
+        table = gather(results / folder, params)
+        tables.append(table[table["decoding"] == "sampled"].assign(arm=table["run"], split=split))
+    for name, settings in arms.items():
+        if name in params["methods"] and (twice := sorted({*settings["seeds"]} & {*params["seeds"]})):
+            raise ValueError(f"The default experiment has seeds {twice} of {name}: give the study's arm others.")
         path = results / "study" / "arms" / f"{name}.csv"
         if path.is_file():
-            tables.append(pd.read_csv(path, keep_default_na=False).assign(arm=name))
-    if not tables:
-        raise FileNotFoundError(f"There are no completions under {results}: run the pipeline first (`make repro`).")
-    return pd.concat(tables, ignore_index=True)[["arm", *COLUMNS]]
+            tables.append(pd.read_csv(path).assign(arm=name))
+    return pd.concat(tables, ignore_index=True)[["arm", *COLUMNS]].fillna({"style": ""})

@@ -246,7 +246,7 @@ def claims(
 def judge(results: Path, params: dict, study: dict) -> pd.DataFrame:
     """The verdicts, from the files under `results`, with the parameters of the default experiment and of the study."""
     theory = json.loads((results / "theory" / "summary.json").read_text(encoding="utf-8"))["results"]
-    completions = read(results, study["arms"])
+    completions = read(results, params, study["arms"])
     times, strengths = (pd.read_csv(results / "study" / f"{name}.csv") for name in ("times", "strength"))
     soft, ours, budget = params["best"]["soft"], params["best"]["ours"], params["budget"]["budget"]
     return claims(completions, times, strengths, theory, soft, ours, budget, study["claims"])
