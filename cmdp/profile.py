@@ -122,6 +122,8 @@ def memory(profile: dict) -> None:
 
 def train(profile: dict, run: str, seed: int) -> None:
     """Distil the student by one run's method and seed, into models/NAME/RUN/SEED: its adapter, where it trains one."""
+    import torch
+
     from cmdp import methods
     from cmdp.models import load_pair
 
@@ -163,8 +165,9 @@ def train(profile: dict, run: str, seed: int) -> None:
         return
     results = Path("results", profile["name"])
     runs.write_log(log, results, Path("models", profile["name"], "timing"), name)
-    memory = {"device": device_name(device), "summed_gib": peak(items) / GIB, "taken_gib": taken(device) / GIB}
-    write_json(memory, results / "memory" / f"{name}.json")
+    machine = {"device": device_name(device), "threads": torch.get_num_threads()}
+    memory = {"summed_gib": peak(items) / GIB, "taken_gib": taken(device) / GIB}
+    write_json(machine | memory, results / "memory" / f"{name}.json")
     with whole(target) as folder:
         student.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -320,3 +323,4 @@ def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from cmdp.collect import gather
 from cmdp.statistics import bootstrap, cells, with_budget
 from cmdp.theory import OURS
 from cmdp.theory.tables import percent, sampled_learners
-from cmdp.tuning import CRITERION
+from cmdp.tuning import best
 
 COLUMNS = {
     "accuracy": "right answers (%)",
@@ -42,8 +43,7 @@ def paired_table(completions: pd.DataFrame, trials: pd.DataFrame, budget: dict) 
         trials: of tuning, which names the soft Lagrangian.
         budget: `budget` and `budget_form`.
     """
-    soft = trials[trials["run"].str.startswith("gkd-grpo")]
-    rival = soft.loc[soft[CRITERION].idxmax(), "run"]
+    rival = best(trials, "gkd-grpo")
     sampled = with_budget(completions[completions["decoding"] == "sampled"], **budget)
     measures = {"correct": "accuracy", "satisfied": "csr", "correct_within": "accuracy_within"}
     if rival not in set(sampled["run"]):
@@ -134,14 +134,16 @@ def laptop_table(results: Path) -> str:
         row.append(", ".join(f"{second:.0f}" for second in seconds if second == second) or "-")
         lines.append(f"| {run} | " + " | ".join(row) + " |")
     train, budget, evaluated = profile["train"], profile["budget"]["budget"], profile["evaluate"]
-    processor = memory[0]["device"]
+    threads = f", {memory[0]['threads']} thread(s) a run" if train.get("use_cpu") else ""
+    batch = train["per_device_train_batch_size"] * train.get("gradient_accumulation_steps", 1)
+    seeds = ", ".join(map(str, profile["seeds"]))
     taken, summed = (max(entry[key] for entry in memory) for key in ("taken_gib", "summed_gib"))
     lines += [
         "",
-        f"{train['max_steps']} steps of {train['per_device_train_batch_size']} completions of at most "
+        f"{train['max_steps']} steps of {batch} completions of at most "
         f"{train['max_completion_length']} tokens, a budget of {budget} nats a token; measured on "
-        f"{evaluated['prompts']} held-out prompts, {evaluated['samples']} completions each, one seed. A thread of a "
-        f"{processor}; memory {taken:.1f} GiB, of {summed:.1f} by the sum.",
+        f"{evaluated['prompts']} held-out prompts, {evaluated['samples']} completions each; seed {seeds}. On "
+        f"{memory[0]['device']}{threads}; memory {taken:.1f} GiB, {summed:.1f} by the sum.",
     ]
     return "\n".join(lines)
 
@@ -155,11 +157,11 @@ def fill(text: str, name: str, content: str) -> str:
     return f"{before}{begin}{content}\n{end}{rest.partition(end)[2]}"
 
 
-def readme(text: str, results: Path, budget: dict) -> str:
+def readme(text: str, results: Path, params: dict) -> str:
     """The README with every generated table filled in from `results`; the study's only where it has been run."""
-    completions = pd.concat([pd.read_csv(path) for path in sorted((results / "runs").glob("*/*.csv"))])
+    completions = gather(results / "runs", params)
     text = fill(text, "results", results_table(pd.read_csv(results / "summary.csv")))
-    text = fill(text, "paired", paired_table(completions, pd.read_csv(results / "tuning.csv"), budget))
+    text = fill(text, "paired", paired_table(completions, pd.read_csv(results / "tuning.csv"), params["budget"]))
     if (results / "study" / "claims.csv").is_file():
         text = fill(text, "study", study_table(pd.read_csv(results / "study" / "summary.csv")))
         text = fill(text, "claims", claims_table(pd.read_csv(results / "study" / "claims.csv")))

@@ -27,7 +27,7 @@ PARAMS = {
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "set_up", lambda params: None)
+    monkeypatch.setattr(cli, "set_up", lambda params, offline: None)
     monkeypatch.setenv("CMDP_TRACEBACK", "")
 
 
@@ -142,7 +142,9 @@ def test_evaluation_writes_completions_positions_longer_problems_and_examples(mo
 def test_a_stage_computes_with_the_threads_that_the_parameters_say():
     """OpenMP reads their number when torch is loaded, so that nothing may load it before `set_up`: two stages side by
     side would else wait for each other's threads."""
-    code = "from cmdp import cli; cli.set_up({'threads': 1}); import torch; print(torch.get_num_threads())"
+    code = (
+        "from cmdp import cli; cli.set_up({'threads': 1}, offline=True); import torch; print(torch.get_num_threads())"
+    )
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout == "1\n"

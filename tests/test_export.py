@@ -1,6 +1,7 @@
 """What is exported loads without this package, computes what the student computed, and says what it is."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,7 +121,7 @@ def test_a_student_trained_whole_is_exported_as_it_is(tmp_path, monkeypatch):
     SUMMARY.to_csv(tmp_path / "results/summary.csv", index=False)
     (tmp_path / "results/provenance.json").write_text('{"commit": "0123abc"}')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "set_up", lambda params: None)
+    monkeypatch.setattr(cli, "set_up", lambda params, offline: None)
     monkeypatch.setattr(sys, "argv", ["cmdp", "export", "models/runs/cmdp-hinge/0", "out"])
     cli.main()
     torch.testing.assert_close(deploy(tmp_path / "out", tmp_path)[0], logits(student), rtol=1e-6, atol=1e-6)
@@ -129,6 +130,32 @@ def test_a_student_trained_whole_is_exported_as_it_is(tmp_path, monkeypatch):
         assert fact in text
     with pytest.raises(SystemExit, match="There is something at out already"):
         cli.main()
+
+
+@pytest.mark.parametrize("place", ["results/tiny", "profiles"])
+def test_the_card_of_a_profiles_student_has_the_profiles_settings_and_measures(run, tmp_path, monkeypatch, place):
+    student = tmp_path / "models/tiny/cmdp-hinge/3"
+    shutil.copytree(run, student)
+    (tmp_path / "params.yaml").write_text("threads: 1\nbudget: {budget: 99.0}\ntrain: {max_steps: 99}\nruns: {}\n")
+    profile = {
+        "student": {"model": str(tmp_path / "base")},
+        "budget": {"budget": 0.25, "budget_form": "per_token"},
+        "train": {"max_steps": 7},
+        "runs": {"cmdp-hinge": None},
+    }
+    for folder in (place, "results/tiny"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    (tmp_path / place / ("tiny.yaml" if place == "profiles" else "profile.yaml")).write_text(yaml.safe_dump(profile))
+    SUMMARY.to_csv(tmp_path / "results/tiny/summary.csv", index=False)
+    (tmp_path / "results/tiny/provenance.json").write_text('{"commit": "0123abc"}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "set_up", lambda params, offline: None)
+    monkeypatch.setattr(sys, "argv", ["cmdp", "export", str(student), "out"])
+    cli.main()
+    text = (tmp_path / "out/README.md").read_text()
+    for fact in ("max_steps: 7", "budget: 0.25 nats a token", "`0123abc`", "seed 3", "| 77.9 | [73.8, 81.9] |"):
+        assert fact in text
+    assert "99" not in text
 
 
 def test_the_card_says_what_was_measured_of_this_run_alone(run, tmp_path):

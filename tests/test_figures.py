@@ -9,6 +9,7 @@ from cmdp.statistics import summarise
 from cmdp.storage import write_table
 
 RUNS = ("sft", "grpo", "gkd-grpo-weak", "cmdp-hinge")
+PARAMS = {"methods": RUNS, "seeds": [0, 1], "budget": {"budget": 1.0}}
 
 
 @pytest.fixture
@@ -39,8 +40,8 @@ def results(tmp_path):
 
 
 def test_every_figure_is_drawn_as_svg_and_png_and_byte_for_byte_again(results, tmp_path):
-    figures.draw_all(results, tmp_path / "once", 1.0)
-    figures.draw_all(results, tmp_path / "again", 1.0)
+    for folder in ("once", "again"):
+        figures.draw_all(results, tmp_path / folder, PARAMS)
     names = sorted(path.name for path in (tmp_path / "once").iterdir())
     assert names == sorted(
         f"{name}.{kind}"

@@ -278,7 +278,7 @@ def test_a_killed_run_goes_on_with_nothing_lost_and_no_call_repeated(server, tmp
 def test_an_endpoint_that_is_not_there_is_said_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(judging, "BACKOFF", 0.001)
-    monkeypatch.setattr(cli, "set_up", lambda params: None)
+    monkeypatch.setattr(cli, "set_up", lambda params, offline: None)
     monkeypatch.setattr(sys, "argv", command(tmp_path, "http://127.0.0.1:9/v1", "rule")[2:])
     with pytest.raises(SystemExit, match=r"http://127.0.0.1:9/v1 gave .*refused.*the same command goes on") as raised:
         cli.main()

@@ -12,6 +12,7 @@ from packaging.utils import canonicalize_name
 from cmdp import cli, report, tuning
 from cmdp.methods import METHODS, method_of
 from cmdp.statistics import with_budget
+from cmdp.storage import write_json
 from cmdp.study.tables import difference
 from cmdp.theory.tables import sampled_learners
 
@@ -52,8 +53,8 @@ def test_the_experiment_does_not_use_the_seed_of_tuning():
 
 def test_readme_tables_are_those_of_the_results_files():
     text = (ROOT / "README.md").read_text()
-    budget = yaml.safe_load((ROOT / "params.yaml").read_text())["budget"]
-    assert report.readme(text, ROOT / "results", budget) == text, "run `cmdp report`"
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    assert report.readme(text, ROOT / "results", params) == text, "run `cmdp report`"
 
 
 def test_what_readme_says_of_the_default_experiment_is_so():
@@ -88,8 +89,33 @@ def test_before_the_study_has_run_its_tables_stay_as_they_are(tmp_path):
     for part in ("runs", "theory", "summary.csv", "tuning.csv"):
         (tmp_path / part).symlink_to(ROOT / "results" / part)
     text = (ROOT / "README.md").read_text()
-    budget = yaml.safe_load((ROOT / "params.yaml").read_text())["budget"]
-    assert report.readme(text.replace("| run |", "| RUN |", 1), tmp_path, budget) == text
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    assert report.readme(text.replace("| run |", "| RUN |", 1), tmp_path, params) == text
+
+
+def test_the_laptop_table_says_what_was_measured_and_on_what(tmp_path):
+    profile = yaml.safe_load((ROOT / "profiles" / "laptop.yaml").read_text()) | {"methods": ["sft", "gkd"]}
+    (tmp_path / "profile.yaml").write_text(yaml.safe_dump(profile))
+    measures = {"accuracy": 0.25, "csr": 0.5, "kl_per_token": 0.1234, "cost": 12.0}
+    columns = ["run", "measure", "mean", "low", "high"]
+    rows = [(run, name, value, value / 2, value * 2) for run in ("sft", "gkd") for name, value in measures.items()]
+    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "summary.csv", index=False)
+    times = {
+        "run": ["sft", "gkd"],
+        "time/generation": [None, 9.6],
+        "time/scoring": [None, 5.2],
+        "time/update": [None, 20],
+    }
+    pd.DataFrame(times).to_csv(tmp_path / "timing.csv", index=False)
+    for run, taken in (("sft", 1.0), ("gkd", 4.7)):
+        memory = {"device": "a processor", "threads": 1, "summed_gib": 6.4, "taken_gib": taken}
+        write_json(memory, tmp_path / "memory" / run / "0.json")
+    text = report.laptop_table(tmp_path)
+    assert "| sft | 25.0 [12.5, 50.0] | 50.0 [25.0, 100.0] | 0.123 [0.062, 0.247] | 12.0 [6.0, 24.0] | - |" in text
+    assert "| 10, 5, 20 |" in text
+    batch = profile["train"]["per_device_train_batch_size"] * profile["train"]["gradient_accumulation_steps"]
+    assert f"{profile['train']['max_steps']} steps of {batch} completions" in text
+    assert "On a processor, 1 thread(s) a run; memory 4.7 GiB, 6.4 by the sum" in text
 
 
 def test_a_missing_marker_is_an_error():

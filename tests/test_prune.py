@@ -39,7 +39,7 @@ def test_layers_that_there_are_not_or_all_of_them_are_refused(tmp_path, monkeypa
     write_model(tmp_path / "whole", "llama", seed=0)
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text("threads: 1")
-    monkeypatch.setattr(cli, "set_up", lambda params: None)
+    monkeypatch.setattr(cli, "set_up", lambda params, offline: None)
     monkeypatch.setattr(sys, "argv", ["cmdp", "prune", "whole", "pruned", "--without", *without])
     with pytest.raises(SystemExit, match="whole has layers 0 to 1: leave out some of these, and not all"):
         cli.main()

@@ -1,6 +1,7 @@
 """The study's tables say what its completions say, and its verdicts follow from the intervals."""
 
 import itertools
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -71,24 +72,29 @@ def verdicts(table: pd.DataFrame, theory=THEORY, **near: int) -> pd.Series:
 def test_the_runs_of_the_default_experiment_and_the_arms_make_one_table(tmp_path):
     own = completions()
     for folder, split in (("runs", "test"), ("longer", "longer")):
-        part = own[(own["arm"] == "cmdp") & (own["split"] == split) & (own["seed"] < 2)]
-        part = part.rename(columns={"arm": "run"}).drop(columns="split").assign(decoding="sampled")
-        greedy = part.head(3).assign(decoding="greedy")
-        write_table(pd.concat([part, greedy]), tmp_path / folder / "cmdp" / "0.csv")
+        for seed in (0, 1):
+            part = own[(own["arm"] == "cmdp") & (own["split"] == split) & (own["seed"] == seed)]
+            part = part.rename(columns={"arm": "run"}).drop(columns="split").assign(decoding="sampled")
+            greedy = part.head(3).assign(decoding="greedy")
+            write_table(pd.concat([part, greedy]), tmp_path / folder / "cmdp" / f"{seed}.csv")
+        shutil.copy(tmp_path / folder / "cmdp" / "1.csv", tmp_path / folder / "cmdp" / "7.csv")  # of an earlier run
     (tmp_path / "study" / "arms").mkdir(parents=True)
     more = own[(own["arm"] == "cmdp") & (own["seed"] >= 2)]
     more.drop(columns="arm").to_csv(tmp_path / "study" / "arms" / "cmdp.csv", index=False)
-    table = arms.read(tmp_path, {"cmdp": {}, "absent": {}})
+    params = {"methods": ["cmdp"], "seeds": [0, 1]}
+    table = arms.read(tmp_path, params, {"cmdp": {"seeds": [2, 3]}, "absent": {"seeds": [0]}})
     key = ["split", "seed", "prompt", "cost"]
     expected = own[own["arm"] == "cmdp"].sort_values(key, ignore_index=True)
     pd.testing.assert_frame_equal(
         table.sort_values(key, ignore_index=True), expected, check_dtype=False, check_column_type=False
     )
+    with pytest.raises(ValueError, match=r"seeds \[1\] of cmdp: give the study's arm others"):
+        arms.read(tmp_path, params, {"cmdp": {"seeds": [1, 2]}})
 
 
 def test_nothing_to_read_is_said_in_one_line(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"There are no completions under .*make repro"):
-        arms.read(tmp_path, {})
+    with pytest.raises(FileNotFoundError, match=r"There is no .*cmdp/0.csv: run the pipeline first .*make repro"):
+        arms.read(tmp_path, {"methods": ["cmdp"], "seeds": [0]}, {})
 
 
 def test_summary_has_each_mean_and_measures_satisfaction_at_the_budget_that_was_asked_for():
@@ -278,6 +284,7 @@ def test_the_committed_verdicts_are_those_of_the_committed_results():
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params |= yaml.safe_load((ROOT / "tuning" / "chosen.yaml").read_text())
     settings = yaml.safe_load((ROOT / "study" / "params.yaml").read_text())
-    found = claims.judge(ROOT / "results", params, settings)
+    completions = arms.read(ROOT / "results", params, settings["arms"])
+    found = claims.judge(completions, ROOT / "results", params, settings["claims"])
     committed = pd.read_csv(ROOT / "results" / "study" / "claims.csv")
     pd.testing.assert_frame_equal(found, committed)

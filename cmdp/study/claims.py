@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 
 from cmdp.statistics import bootstrap, cells, interval, with_budget
-from cmdp.study.arms import read
 from cmdp.study.tables import difference, step_seconds, wins
 
 YES, NO, OPEN, UNTESTED = "replicated", "not replicated", "inconclusive", "not tested at this scale"
@@ -62,7 +61,7 @@ def claims(
         soft: the soft Lagrangian that did best on validation prompts.
         ours: the constrained variant of ours that did.
         budget: the default, in nats.
-        settings: `comparisons`, `tolerance`, `target`.
+        settings: `comparisons`, `tolerance`, `target`, `near`.
 
     Raises:
         ValueError: an arm that a verdict needs is missing.
@@ -200,7 +199,7 @@ def claims(
             "constraint satisfaction is guaranteed",
             "-",
             NO if bound > 1 or kept[2] < target else YES if kept[1] >= target else OPEN,
-            f"exact maximisers on token trees keep the bound of section 4 (at most {bound:.2f} of it is used); "
+            f"exact maximisers on token trees keep the bound on violations (at most {bound:.2f} of it is used); "
             f"a trained student keeps {share(kept)} of its trajectories within the budget",
             f"{at}; guaranteed is {100 * target:g} % at least",
         )
@@ -237,16 +236,22 @@ def claims(
                 f"{name}: lambda from {low:g} to {high:g} is near its best, of {least:g} to {most:g} tried"
                 for name, (low, high, least, most) in ranges.items()
             ),
-            f"{at}; near: at least 95 % of the method's best, right and within the budget",
+            f"arithmetic, budget {budget:g} nats, {strengths['seeds'].min()} to {strengths['seeds'].max()} seeds a "
+            f"lambda; near: at least {100 * (1 - settings['near']):g} % of the method's best, right and within it",
         )
     )
     return pd.DataFrame(rows)
 
 
-def judge(results: Path, params: dict, study: dict) -> pd.DataFrame:
-    """The verdicts, from the files under `results`, with the parameters of the default experiment and of the study."""
+def judge(completions: pd.DataFrame, results: Path, params: dict, settings: dict) -> pd.DataFrame:
+    """The verdicts, from all completions and the study's tables under `results`.
+
+    Args:
+        completions: of all arms, as `arms.read` gives them.
+        params: of the default experiment, with what tuning found best.
+        settings: of the verdicts, from study/params.yaml.
+    """
     theory = json.loads((results / "theory" / "summary.json").read_text(encoding="utf-8"))["results"]
-    completions = read(results, params, study["arms"])
     times, strengths = (pd.read_csv(results / "study" / f"{name}.csv") for name in ("times", "strength"))
     soft, ours, budget = params["best"]["soft"], params["best"]["ours"], params["budget"]["budget"]
-    return claims(completions, times, strengths, theory, soft, ours, budget, study["claims"])
+    return claims(completions, times, strengths, theory, soft, ours, budget, settings)

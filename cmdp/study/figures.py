@@ -40,6 +40,11 @@ ABLATIONS = {  # what an arm changes in the method that it is an ablation of
     "cmdp-margin": "aims below the budget",
     "cmdp-hinge-both-parts": "long-term part too",
     "gkd-grpo-both-parts": "long-term part too",
+    "gkd-few-prompts": "8 completions a prompt",
+    "gkd-grpo-few-prompts": "8 completions a prompt",
+    "grpo-few-prompts": "8 completions a prompt",
+    "cmdp-few-prompts": "8 completions a prompt",
+    "cmdp-adaptive-at-95": "asks for a CSR of 95 %",
     "gkd-grpo-longer": "three times the steps",
     "cmdp-adaptive-longer": "three times the steps",
 }

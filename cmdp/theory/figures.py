@@ -182,7 +182,7 @@ def jump(results: Path) -> plt.Figure:
     """J~ along a line of policies, and the integral of the gradient that formula (c) gives."""
     line = pd.read_csv(results / "jump_line.csv")
     titles = {
-        "exhausted": "section 3: R and λΦ jump",
+        "exhausted": "the paper's, as read: R and λΦ jump",
         "overshoot": "overshoot: R jumps",
         "hinge": "hinge (ours): nothing does",
     }
