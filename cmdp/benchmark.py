@@ -1,7 +1,8 @@
 """How long a training step takes, next to TRL's trainers: `GRPOTrainer` with a reference model as large as the teacher,
-which is the price of plain GRPO with a KL term, and `DistillationTrainer`, which is the price of GKD.
+which is the price of plain GRPO with a KL term, and `DistillationTrainer`, which is the price of GKD; and next to the
+soft Lagrangian and dual ascent by our own trainer.
 
-All three have the same student, teacher, prompts and number of completions, every completion as long as the others,
+All have the same student, teacher, prompts and number of completions, every completion as long as the others,
 and take turns in one process, so that what else the machine does falls on all alike. Ratios are of steps of one turn.
 """
 
@@ -10,11 +11,14 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
+from scipy.stats import bootstrap
 
 from cmdp.memory import device_name
+from cmdp.methods import METHODS
 from cmdp.models import build_model, build_tokenizer, pick_device
 from cmdp.storage import provenance, write_table
 
@@ -22,7 +26,7 @@ PHASES = ("generation", "scoring", "update", "step")
 
 
 def benchmark(params: dict, out: Path) -> pd.DataFrame:
-    """Time steps of the three trainers and write the table to `out`.
+    """Time steps of every trainer and write the table to `out`.
 
     Args:
         params: `student` and `teacher` (layers, hidden, heads each), `vocabulary` in words, `prompts` a step,
@@ -30,8 +34,8 @@ def benchmark(params: dict, out: Path) -> pd.DataFrame:
             that do not count), `use_cpu`, `seed`.
 
     Returns:
-        A row for each trainer and phase, in seconds, and for each ratio of ours to theirs: median, min and max over the
-        repeats, the versions and the processor.
+        A row for each trainer and phase, in seconds, and for each ratio of `cmdp` to another: median, min and max over
+        the repeats, the bootstrapped 95 % interval of the median (low, high), the versions and the processor.
     """
     prompts = [" ".join([f"w{i}"] * params["prompt_length"]) for i in range(params["prompts"])]
     rows = [{"prompt": prompt} for prompt in prompts for _ in range(params["num_generations"])]
@@ -45,12 +49,13 @@ def benchmark(params: dict, out: Path) -> pd.DataFrame:
     turns = turns[params["warmup"] :]
 
     measured = {(name, phase): [turn[name][phase] for turn in turns] for name in trainers for phase in PHASES}
-    ours, grpo, distillation = (measured[name, "step"] for name in trainers)
-    slower = list(map(max, grpo, distillation))
-    for name, theirs in (("trl-grpo", grpo), ("trl-distillation", distillation), ("slower of the two", slower)):
-        measured[f"cmdp / {name}", "step"] = [a / b for a, b in zip(ours, theirs, strict=True)]
-    table = pd.DataFrame([(*key, *pd.Series(values).agg(["median", "min", "max"])) for key, values in measured.items()])
-    table.columns = ["trainer", "phase", "median", "min", "max"]
+    steps = {name: measured[name, "step"] for name in trainers}
+    steps["slower of TRL's"] = list(map(max, steps["trl-grpo"], steps["trl-distillation"]))
+    for name, theirs in steps.items():
+        if name != "cmdp":
+            measured[f"cmdp / {name}", "step"] = [a / b for a, b in zip(steps["cmdp"], theirs, strict=True)]
+    table = pd.DataFrame([(*key, *_spread(np.array(values))) for key, values in measured.items()])
+    table.columns = ["trainer", "phase", "median", "min", "max", "low", "high"]
     table.insert(2, "unit", ["ratio" if "/" in name else "seconds" for name in table["trainer"]])
     versions = provenance()["libraries"]
     libraries = {name: versions[name] for name in ("torch", "trl")}
@@ -60,8 +65,14 @@ def benchmark(params: dict, out: Path) -> pd.DataFrame:
     return table
 
 
+def _spread(values: np.ndarray) -> tuple[float, ...]:
+    """(median, min, max, low, high)."""
+    found = bootstrap((values,), np.median, method="percentile", rng=0).confidence_interval
+    return np.median(values), values.min(), values.max(), found.low, found.high
+
+
 def _trainers(params: dict, rows: list[dict], folder: str) -> dict:
-    """The three trainers, each with its own copy of the models, each with AdamW."""
+    """The trainers, each with its own copy of the models, each with AdamW."""
     from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
     from trl.trainer.utils import add_fused_lm_head
 
@@ -87,10 +98,14 @@ def _trainers(params: dict, rows: list[dict], folder: str) -> dict:
     def reward(completion_ids, **_):
         return [ids[0] % 2 for ids in completion_ids]
 
-    # every trajectory exceeds a budget of 0: the single-step part has all tokens to do
-    cmdp = CMDPConfig(**grpo, reward_form="exhausted", budget=0.0)
-    trainers = {
-        "cmdp": CMDPTrainer(copy.deepcopy(student), copy.deepcopy(teacher), reward, cmdp, **data),
+    def ours(**settings):
+        models = copy.deepcopy(student), copy.deepcopy(teacher)
+        return CMDPTrainer(*models, reward, CMDPConfig(**grpo, **settings), **data)
+
+    trainers = {  # every trajectory exceeds a budget of 0: the single-step part has all tokens to do
+        "cmdp": ours(**METHODS["cmdp"], budget=0.0),
+        "gkd-grpo": ours(**METHODS["gkd-grpo"]),
+        "dual": ours(**METHODS["dual"], budget=0.0, dual_rate=0.1),
         "trl-grpo": GRPOTrainer(copy.deepcopy(student), reward, GRPOConfig(**grpo, beta=0.0), **data),
         "trl-distillation": DistillationTrainer(student, copy.deepcopy(teacher), DistillationConfig(**common), **data),
     }

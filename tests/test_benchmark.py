@@ -29,10 +29,12 @@ def test_the_table_has_every_phase_of_every_trainer_and_the_ratios(tmp_path):
     assert set(table["repeats"]) == {3}
     seconds = table[table["unit"] == "seconds"].pivot(index="trainer", columns="phase", values="max")
     assert set(seconds.columns) == set(PHASES)
-    assert list(seconds.index) == ["cmdp", "trl-distillation", "trl-grpo"]
+    assert list(seconds.index) == ["cmdp", "dual", "gkd-grpo", "trl-distillation", "trl-grpo"]
     ratios = table[table["unit"] == "ratio"].set_index("trainer")
-    assert len(ratios) == 3
-    assert ratios.loc["cmdp / slower of the two", "max"] <= ratios.loc["cmdp / trl-grpo", "max"]
+    assert len(ratios) == 5
+    assert ratios.loc["cmdp / slower of TRL's", "max"] <= ratios.loc["cmdp / trl-grpo", "max"]
+    assert (ratios["low"] <= ratios["median"]).all()
+    assert (ratios["median"] <= ratios["high"]).all()
 
 
 def test_every_trainer_has_the_same_tokens_to_do(tmp_path):
@@ -52,4 +54,4 @@ def test_every_trainer_has_the_same_tokens_to_do(tmp_path):
     }
     assert len(set(sizes.values())) == 1
     students = [sum(p.numel() for p in trainer.model.parameters()) for trainer in trainers.values()]
-    assert students == pytest.approx([students[0]] * 3)
+    assert students == pytest.approx([students[0]] * 5)

@@ -61,9 +61,29 @@ def strengths(**near: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["method", "lam", "measure", "mean", "low", "high", "seeds", "near_best"])
 
 
-def verdicts(table: pd.DataFrame, theory=THEORY, **near: int) -> pd.Series:
-    found = claims.claims(table, times(), strengths(**near), theory, "gkd-grpo-strong", "cmdp-adaptive", 2.0, SETTINGS)
-    return found.set_index("id")["verdict"]
+def trials() -> pd.DataFrame:
+    """Of two learning rates each, the lower is chosen; minillm has most right answers on validation prompts."""
+    rows = [
+        (name, 1.0, rate, (0.8 if name == "minillm" else 0.7) - rate, 0.6 - rate, int(rate == 0.001))
+        for name in NAMES
+        for rate in (0.001, 0.002)
+    ]
+    return pd.DataFrame(rows, columns=["run", "lam", "learning_rate", "accuracy", "accuracy_within", "chosen"])
+
+
+def benchmark(ratio: float = 1.0) -> pd.DataFrame:
+    rows = [(f"cmdp / {name}", ratio, ratio - 0.02, ratio + 0.02, 15) for name in ("gkd-grpo", "dual", "trl-grpo")]
+    return pd.DataFrame(rows, columns=["trainer", "median", "low", "high", "repeats"])
+
+
+def judged(table: pd.DataFrame, theory=THEORY, ratio=1.0, seeds=5, settings=SETTINGS, **near: int) -> pd.DataFrame:
+    tables = times(), strengths(**near).assign(seeds=seeds), trials(), benchmark(ratio)
+    names = "gkd-grpo-strong", "cmdp-adaptive"
+    return claims.claims(table, *tables, theory, *names, 2.0, settings).set_index("id")
+
+
+def verdicts(table: pd.DataFrame, **given) -> pd.Series:
+    return judged(table, **given)["verdict"]
 
 
 # ---- tables ----
@@ -197,7 +217,8 @@ def test_step_times_are_set_against_the_soft_lagrangians():
 
 def test_a_clear_gain_is_replicated():
     table = completions(
-        cmdp={"right": 0.95, "valid": 0.97, "cost": 0.2, "longer": 0.2}, **{"minillm": {"cost": 0.2, "right": 0.8}}
+        cmdp={"right": 0.95, "valid": 0.97, "cost": 0.2, "longer": 0.2},
+        **{"minillm": {"cost": 0.2, "right": 0.8}, "sft": {"right": 0.3}},
     )
     found = verdicts(table)
     assert dict(found) == {
@@ -216,7 +237,8 @@ def test_a_clear_gain_is_replicated():
 
 
 def test_a_clear_loss_is_not():
-    found = verdicts(completions(cmdp={"right": 0.5, "valid": 0.5, "cost": 2.5, "longer": 1.0}), cmdp=0)
+    weak = {"right": 0.5, "valid": 0.5, "cost": 2.5, "longer": 1.0}
+    found = verdicts(completions(cmdp=weak, sft={"right": 0.3}), cmdp=0)
     for claim in ("C1", "C2", "C3", "C6", "C9", "L1"):
         assert found[claim] == "not replicated", claim
     assert found["C5"] == "inconclusive"  # the adherence is not similar
@@ -227,6 +249,7 @@ def test_a_clear_loss_is_not():
     ("low", "high", "verdict"),
     [
         (0.01, 0.3, "replicated"),
+        (0.01, 0.05, "replicated, but smaller"),
         (-0.02, 0.04, "not replicated"),
         (-0.02, 0.2, "inconclusive"),
         (-0.3, -0.1, "not replicated"),
@@ -241,15 +264,29 @@ def test_a_broken_bound_refutes_the_guarantee():
     assert verdicts(completions(cmdp={"cost": 0.1}), theory=broken)["C9"] == "not replicated"
 
 
+@pytest.mark.parametrize(("ratio", "verdict"), [(1.0, "replicated"), (1.06, "inconclusive"), (1.2, "not replicated")])
+def test_overhead_is_judged_by_steps_that_took_turns(ratio, verdict):
+    assert verdicts(completions(), ratio=ratio)["C8"] == verdict
+
+
+def test_how_wide_a_range_works_is_left_open_where_it_cannot_be_told():
+    own = completions(sft={"right": 0.3})
+    assert verdicts(own)["L2"] == "not replicated"
+    assert verdicts(own, seeds=1)["L2"] == "inconclusive"  # single runs
+    assert verdicts(completions())["L2"] == "inconclusive"  # the student is near the best before it is trained
+
+
+def test_the_conditions_say_how_the_rivals_were_tuned():
+    conditions = judged(completions()).loc["C1", "conditions"]
+    assert "cmdp the best of 2 trials (at an edge in lam and learning_rate)" in conditions
+    assert "gkd-grpo the best of 6 trials" in conditions
+
+
 def test_more_comparisons_widen_the_intervals(monkeypatch):
     table = completions()
     ends = []
     for comparisons in (1, 100):
-        found = claims.claims(
-            table, times(), strengths(), THEORY, "gkd-grpo-strong", "cmdp-adaptive", 2.0,
-            SETTINGS | {"comparisons": comparisons},
-        )  # fmt: skip
-        evidence = found.set_index("id").loc["C1", "evidence"]
+        evidence = judged(table, settings=SETTINGS | {"comparisons": comparisons}).loc["C1", "evidence"]
         low, high = evidence.partition("[")[2].partition("]")[0].split(", ")
         ends.append(float(high) - float(low))
     assert ends[1] > 1.3 * ends[0]

@@ -226,7 +226,7 @@ def test_a_missing_table_is_one_clear_line_and_leaves_the_figures_alone(results,
 def test_a_study_of_a_few_arms_is_drawn_from_the_tables_that_it_writes(tmp_path):
     """The tables as `cmdp study` writes them, long before every arm was trained."""
     rng, size = np.random.default_rng(0), 64
-    few = ("sft", "grpo", "gkd-grpo-weak", "gkd-grpo-strong", "cmdp", "cmdp-at-1", "cmdp-k3")
+    few = ("sft", "grpo", "gkd-grpo-weak", "gkd-grpo-strong", "cmdp", "cmdp-at-4", "cmdp-k3")
     columns = {name: rng.integers(0, 2, (len(few), size)) for name in ("correct", "valid")}
     columns |= {name: rng.random((len(few), size)) for name in ("entropy", "cost", "peak", "confidence")}
     completions = pd.concat(
@@ -244,7 +244,7 @@ def test_a_study_of_a_few_arms_is_drawn_from_the_tables_that_it_writes(tmp_path)
     times = pd.DataFrame({"arm": few, "seed": 0, "steps": 2, "seconds": 1.0})
     tables.write_all(completions, times, params, {"arms": ARMS, "claims": {"near": 0.05}}, tmp_path / "study")
     drawn = {name: getattr(figures, name)(tmp_path / "study") for name in DRAWN}
-    assert set(points(drawn["paired"].axes[0])) == {*few} - {"gkd-grpo-strong", "cmdp-at-1", "cmdp-k3"}
+    assert set(points(drawn["paired"].axes[0])) == {*few} - {"gkd-grpo-strong", "cmdp-at-4", "cmdp-k3"}
     assert set(points(drawn["ablations"].axes[0])) == {"cmdp", "cmdp-k3"}
     assert not drawn["capacity"].axes[0].containers
     assert set(points(drawn["frontier"].axes[1])) == {"sft", "grpo", "gkd-grpo-weak", "gkd-grpo-strong", "cmdp"}

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cmdp.statistics import bootstrap, cells, interval, with_budget
+from cmdp.statistics import RESAMPLES, bootstrap, cells, interval, with_budget
 from cmdp.storage import write_table
 
 # Methods that know no budget: one run of theirs stands at every budget of the frontier.
-BLIND = ("sft", "grpo", "gkd", "gkd-grpo", "minillm", "kdrl", "trl-grpo", "trl-gkd")
+BLIND = ("sft", "grpo", "gkd", "gkd-grpo", "minillm", "kdrl", "worst-case", "trl-grpo", "trl-gkd")
 MEASURES = {
     "accuracy": "correct",
     "csr": "satisfied",
@@ -28,7 +28,7 @@ MEASURES = {
 }
 LONGER = {"longer_accuracy": "correct", "longer_csr": "satisfied", "longer_validity": "valid"}
 SHARES_OF_BUDGET = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, np.inf)
-RESAMPLES = 200  # of the statistics that are no means
+FEW_RESAMPLES = 200  # of the statistics that are no means
 
 
 def about_arm(arm: str, arms: dict) -> dict:
@@ -81,11 +81,14 @@ def frontier(completions: pd.DataFrame, arms: dict, budget: float) -> pd.DataFra
     return pd.DataFrame(rows, columns=["method", "budget", "trained_at", *measures, "seeds"])
 
 
-def difference(ours: pd.DataFrame, theirs: pd.DataFrame, column: str, level: float = 0.95) -> tuple:
+def difference(
+    ours: pd.DataFrame, theirs: pd.DataFrame, column: str, level: float = 0.95, resamples: int = RESAMPLES
+) -> tuple:
     """(mean, low, high) of ours minus theirs, paired over the seeds and prompts that both have; and those seeds."""
     seeds = sorted(set(ours["seed"]) & set(theirs["seed"]))
     ours, theirs = (cells(table[table["seed"].isin(seeds)], column) for table in (ours, theirs))
-    low, high = np.quantile(bootstrap(ours) - bootstrap(theirs), [(1 - level) / 2, (1 + level) / 2])
+    drawn = bootstrap(ours, resamples=resamples) - bootstrap(theirs, resamples=resamples)
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return float((ours - theirs).mean()), float(low), float(high), len(seeds)
 
 
@@ -107,7 +110,9 @@ def ablations(completions: pd.DataFrame, arms: dict, budget: float) -> pd.DataFr
     return pd.concat([paired(completions, [run], [arm], budget) for arm, run in changed.items()], ignore_index=True)
 
 
-def wins(completions: pd.DataFrame, rivals: list[str], names: list[str], level: float = 0.95) -> pd.DataFrame:
+def wins(
+    completions: pd.DataFrame, rivals: list[str], names: list[str], level: float = 0.95, resamples: int = RESAMPLES
+) -> pd.DataFrame:
     """Reasoning win rate, judged by program: of two derivations of one problem the valid one wins; where both are or
     neither is, a tie counts half. A program's verdict does not depend on the order."""
     tests = completions[completions["split"] == "test"]
@@ -117,8 +122,9 @@ def wins(completions: pd.DataFrame, rivals: list[str], names: list[str], level: 
         for rival in (name for name in rivals if name in by_arm and name != arm):
             pairs = by_arm[arm].merge(by_arm[rival], on=["seed", "prompt", "sample"], suffixes=("", "_rival"))
             score = 0.5 + 0.5 * (pairs["valid"] - pairs["valid_rival"])
-            value = interval(cells(pairs.assign(score=score), "score"), level=level)
-            rows.append((arm, rival, *value, float((score == 0.5).mean()), pairs["seed"].nunique()))
+            won = cells(pairs.assign(score=score), "score")
+            bounds = np.quantile(bootstrap(won, resamples=resamples), [(1 - level) / 2, (1 + level) / 2])
+            rows.append((arm, rival, won.mean(), *bounds, float((score == 0.5).mean()), pairs["seed"].nunique()))
     return pd.DataFrame(rows, columns=["arm", "rival", "win_rate", "low", "high", "ties", "seeds"])
 
 
@@ -202,7 +208,7 @@ def _resampled(table: pd.DataFrame, statistic: Callable[[pd.DataFrame, np.ndarra
     rng = np.random.default_rng(0)
     seed, prompt = (pd.factorize(table[column])[0] for column in ("seed", "prompt"))
     draws = []
-    for _ in range(RESAMPLES):
+    for _ in range(FEW_RESAMPLES):
         weights = [rng.multinomial(n := codes.max() + 1, np.full(n, 1 / n))[codes] for codes in (seed, prompt)]
         draws.append(statistic(table, (weights[0] * weights[1]).astype(float)))
     low, high = np.quantile(draws, [0.025, 0.975])
