@@ -27,7 +27,7 @@ def gather(folder: Path, params: dict) -> pd.DataFrame:
         for seed in params["seeds"]:
             path = folder / run / f"{seed}.csv"
             if not path.is_file():
-                raise FileNotFoundError(f"There is no {path}: run the pipeline first (`make repro`).")
+                raise FileNotFoundError(f"There is no {path}: train and evaluate it first (`make repro` does).")
             table = pd.read_csv(path)
             if "run" not in table:
                 table.insert(0, "run", run)

@@ -112,9 +112,10 @@ It needs {needs}: no teacher, no remaining budget in its input, and no code but 
 def _training(settings: dict) -> str:
     lines = {"run": f"`{settings['run']}`, seed {settings['seed']}", "method": f"`{settings['method']}`"}
     if settings["method"] != "sft":
-        constrained = settings["reward_form"] != "lagrangian"
+        constrained = settings.get("reward_form", "lagrangian") != "lagrangian" and not settings.get("step_budget")
         lines["budget"] = _stated(settings) if constrained else "none"
-        names = ("divergence", "reward_form", "lam", "penalty", "max_steps", "learning_rate", "num_generations")
+        names = ("divergence", "reward_form", "lam", "penalty", "csr_target", "step_budget", "dual_rate", "long_term")
+        names += ("max_steps", "learning_rate", "num_generations")
         lines |= {name: settings[name] for name in names if name in settings}
     return "\n".join(f"- {name}: {value}" for name, value in lines.items())
 

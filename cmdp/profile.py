@@ -74,6 +74,9 @@ def read(path: Path, overrides: list[str]) -> dict:
             if not isinstance(section, dict):
                 raise ValueError(f"{keys} names no field of {path}: its sections are {', '.join(SECTIONS)}.")
         section[field] = yaml.safe_load(value)
+    for settings in (profile.get("train"), profile.get("budget"), *(profile.get("runs") or {}).values()):
+        for field, value in (settings or {}).items():
+            settings[field] = _number(value)
     if wrong := [*set(SECTIONS) - set(profile), *set(profile) - set(SECTIONS)]:
         raise ValueError(f"{path}: a profile has the sections {', '.join(SECTIONS)}; {wrong[0]!r} is wrong or missing.")
     specs(profile)
@@ -84,6 +87,13 @@ def read(path: Path, overrides: list[str]) -> dict:
     for name in profile["methods"]:
         method_of(name)
     return profile | {"name": path.stem}
+
+
+def _number(value):
+    """What YAML leaves a string though it is a number: 2e-5, without a point."""
+    with contextlib.suppress(ValueError):
+        return float(value) if isinstance(value, str) else value
+    return value
 
 
 def specs(profile: dict) -> tuple[ModelSpec, ModelSpec]:
@@ -177,6 +187,7 @@ def train(profile: dict, run: str, seed: int) -> None:
 def evaluate(profile: dict, run: str, seed: int) -> None:
     """Measure one run on held-out problems, into results/NAME."""
     import torch
+    from transformers import GenerationConfig
 
     from cmdp.collect import write_measures
     from cmdp.evaluation import evaluate as measure
@@ -206,10 +217,12 @@ def evaluate(profile: dict, run: str, seed: int) -> None:
     student, teacher, tokenizer = load_pair(student, teacher, use_cpu)
     task = load_task(profile["task"]["name"])
     problems = within(problems, tokenizer, profile["task"]["prompt_length"])
+    student = student.get_base_model() if hasattr(student, "get_base_model") else student
+    student.generation_config = GenerationConfig()  # without the top_p or penalties that its makers chat with
     # as in training: float32 weights compute in the device's dtype
     with torch.autocast(device.type, pick_dtype(device), enabled=device.type == "cuda"):
         completions, positions = measure(
-            student.get_base_model() if hasattr(student, "get_base_model") else student,
+            student,
             teacher,
             tokenizer,
             task,

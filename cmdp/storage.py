@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 CHECKPOINTS = Path("checkpoints")
+MAKERS = ("budget", "divergence", "evaluation", "methods", "models", "reward", "supervised", "tasks", "trainer")
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy", "pandas")
 
 
@@ -64,14 +65,18 @@ def checkpoint_folder(name: str, settings: dict, inputs: list[Path]) -> tuple[Pa
     """The folder for a training run's checkpoints, and whether there is one to go on from.
 
     A checkpoint fits only the run that it was made by: the same settings, the same input files and the same code of
-    this package. One that does not fit is deleted.
+    the modules that train and measure, `MAKERS`. One that does not fit is deleted, with a line that says so.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for path in sorted([*inputs, *Path(__file__).parent.rglob("*.py")]):
+    package = Path(__file__).parent
+    code = [path for maker in MAKERS for path in (*package.glob(f"{maker}.py"), *package.glob(f"{maker}/*.py"))]
+    for path in sorted([*inputs, *code]):
         digest.update(path.read_bytes())
     folder = CHECKPOINTS / name
     mark = folder / "made-by.txt"
     if not mark.is_file() or mark.read_text() != digest.hexdigest():
+        if mark.is_file():
+            print(f"{folder} was made by other settings, inputs or code: it is begun anew.")
         shutil.rmtree(folder, ignore_errors=True)
         write_text(digest.hexdigest(), mark)
     return folder, any([complete(path) for path in folder.glob("checkpoint-*")])
@@ -100,7 +105,7 @@ def provenance() -> dict:
 
 
 def _git(*arguments: str) -> str:
-    result = subprocess.run(["git", *arguments], capture_output=True, text=True)
+    result = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
     return result.stdout.strip() or "unknown"
 
 

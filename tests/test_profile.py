@@ -202,6 +202,25 @@ def test_the_colab_notebook_runs_on_a_cpu_with_small_models(small):
     assert "right answers" in Path("executed.ipynb").read_text()
 
 
+@pytest.mark.parametrize("word", ["train.learning_rate=2e-5", "budget.budget=1e-1", "runs.cmdp.lam=3e-1"])
+def test_a_number_without_a_point_is_one(small, word):
+    name, _, value = word.partition("=")
+    settings = profile.read(small, [word])
+    for key in name.split("."):
+        settings = settings[key]
+    assert settings == float(value)
+
+
+def test_a_student_is_measured_as_it_was_trained_not_as_its_makers_chat_with_it(small, monkeypatch):
+    found = []
+    for chat in ({}, {"do_sample": True, "top_p": 0.01, "repetition_penalty": 9.0}):
+        Path("student/generation_config.json").write_text(json.dumps(chat))
+        for stage in ("data", "train", "evaluate"):
+            command(monkeypatch, stage, "--config", str(small), *(["sft", "0"] if stage != "data" else []))
+        found.append(pd.read_csv("results/small/texts/sft/0.csv"))
+    pd.testing.assert_frame_equal(*found)
+
+
 # ---- the profiles of the repository ----
 
 

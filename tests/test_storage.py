@@ -40,13 +40,19 @@ def checkpoint(folder: Path, step: int, state: str) -> None:
     (folder / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
 
 
-def test_a_run_resumes_from_its_own_checkpoint_only():
+def test_the_code_that_a_checkpoint_depends_on_is_there():
+    package = Path(storage.__file__).parent
+    assert all((package / f"{name}.py").is_file() or (package / name).is_dir() for name in storage.MAKERS)
+
+
+def test_a_run_resumes_from_its_own_checkpoint_only(capsys):
     Path("data").write_text("problems")
     folder, resume = storage.checkpoint_folder("run", {"lam": 1.0}, [Path("data")])
     assert not resume
     checkpoint(folder, 1, "{}")
     assert storage.checkpoint_folder("run", {"lam": 1.0}, [Path("data")]) == (folder, True)
     assert storage.checkpoint_folder("run", {"lam": 2.0}, [Path("data")]) == (folder, False)
+    assert "was made by other settings" in capsys.readouterr().out
     checkpoint(folder, 1, "{}")
     Path("data").write_text("other problems")
     assert storage.checkpoint_folder("run", {"lam": 2.0}, [Path("data")]) == (folder, False)

@@ -113,7 +113,7 @@ def test_the_runs_of_the_default_experiment_and_the_arms_make_one_table(tmp_path
 
 
 def test_nothing_to_read_is_said_in_one_line(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"There is no .*cmdp/0.csv: run the pipeline first .*make repro"):
+    with pytest.raises(FileNotFoundError, match=r"There is no .*cmdp/0.csv: train and evaluate .*make repro"):
         arms.read(tmp_path, {"methods": ["cmdp"], "seeds": [0]}, {})
 
 
