@@ -8,7 +8,8 @@ import pandas as pd
 import yaml
 
 from cmdp.collect import gather
-from cmdp.statistics import bootstrap, cells, with_budget
+from cmdp.statistics import with_budget
+from cmdp.study.tables import difference
 from cmdp.theory import OURS
 from cmdp.theory.tables import percent, sampled_learners
 from cmdp.tuning import best
@@ -51,11 +52,10 @@ def paired_table(completions: pd.DataFrame, trials: pd.DataFrame, budget: dict) 
     lines = [f"| minus {rival}, paired | " + " | ".join(COLUMNS[name] for name in measures.values()) + " |"]
     lines.append("|---" * (len(measures) + 1) + "|")
     for run in [run for run in sampled["run"].unique() if run.startswith("cmdp")]:
-        row = []
-        for column in measures:
-            ours, theirs = (cells(sampled[sampled["run"] == name], column) for name in (run, rival))
-            low, high = np.quantile(bootstrap(ours) - bootstrap(theirs), [0.025, 0.975])
-            row.append(f"{100 * (ours - theirs).mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]")
+        ours, theirs = (sampled[sampled["run"] == name] for name in (run, rival))
+        row = [
+            "{:+.1f} [{:+.1f}, {:+.1f}]".format(*np.multiply(100, difference(ours, theirs, c)[:3])) for c in measures
+        ]
         lines.append(f"| {run} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
