@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import yaml
 
@@ -53,9 +52,10 @@ def paired_table(completions: pd.DataFrame, trials: pd.DataFrame, budget: dict) 
     lines.append("|---" * (len(measures) + 1) + "|")
     for run in [run for run in sampled["run"].unique() if run.startswith("cmdp")]:
         ours, theirs = (sampled[sampled["run"] == name] for name in (run, rival))
-        row = [
-            "{:+.1f} [{:+.1f}, {:+.1f}]".format(*np.multiply(100, difference(ours, theirs, c)[:3])) for c in measures
-        ]
+        row = []
+        for column in measures:
+            mean, low, high, _ = difference(ours, theirs, column)
+            row.append(f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]")
         lines.append(f"| {run} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
