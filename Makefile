@@ -52,7 +52,7 @@ comma := ,
 METHODS := sft,gkd,cmdp,cmdp-adaptive
 LAPTOP := teacher.model=$(SMOLLM2) student.model=$(PRUNED) methods=[$(METHODS)] seeds=[0] \
 	task.source=gsm-symbolic task.sizes.train=200 task.sizes.validation=40 task.sizes.test=40 task.prompt_length=192 \
-	train.max_steps=12 train.per_device_train_batch_size=8 train.gradient_accumulation_steps=1 train.num_generations=2 \
+	train.max_steps=8 train.per_device_train_batch_size=8 train.gradient_accumulation_steps=1 train.num_generations=2 \
 	train.max_completion_length=96 train.warmup_steps=1 train.learning_rate=0.0005 train.save_steps=4 \
 	evaluate.prompts=24 evaluate.samples=2 evaluate.batch_size=24
 
