@@ -75,6 +75,26 @@ def test_what_readme_says_of_the_default_experiment_is_so():
     assert minus("cmdp-overshoot", "correct_within")[1] < 0
 
 
+def test_what_readme_says_of_the_study_is_so():
+    """The points below its table, which no command writes."""
+    folder = ROOT / "results" / "study"
+    summary = pd.read_csv(folder / "summary.csv").set_index(["arm", "measure"])["mean"]
+    for arm in ("cmdp-adaptive", "cmdp-adaptive-at-4", "cmdp-adaptive-half", "cmdp-adaptive-equal"):
+        assert summary[arm, "csr"] > 0.95
+    frontier = pd.read_csv(folder / "frontier.csv")
+    assert frontier.loc[frontier["budget"] == 0.5, "csr"].max() < 0.95  # out of reach for every method, ...
+    assert max(summary[arm, "csr"] for arm, _ in summary.index if arm.endswith("-tenth")) < 0.95
+    differences = pd.read_csv(folder / "ablations.csv").query("measure == 'accuracy_within'").set_index("arm")
+    for arm in ("gkd-few-prompts", "gkd-grpo-few-prompts"):
+        assert differences.loc[arm, "difference"] == pytest.approx(-0.1, abs=0.01)  # some ten points
+    assert differences.loc["grpo-few-prompts", "low"] < 0 < differences.loc["grpo-few-prompts", "high"]
+    assert summary["trl-gkd", "accuracy_within"] > max(summary[arm, "accuracy_within"] for arm in ("gkd", "minillm"))
+    for arm in ("cmdp-adaptive-longer", "gkd-grpo-longer"):
+        assert summary[arm, "accuracy_within"] > summary["teacher", "accuracy"] - 0.015
+    assert summary["cmdp", "accuracy_within"] < summary["sft", "accuracy_within"]
+    assert differences.loc["cmdp-gkd-first", "low"] > 0
+
+
 def test_what_readme_says_of_the_learners_on_trees_is_so():
     """The prose beside the table, which no command writes."""
     table = sampled_learners(ROOT / "results" / "theory")
