@@ -1,9 +1,9 @@
 """The `cmdp` command: one subcommand a pipeline stage. `cmdp --help` lists them, dvc.yaml runs them.
 
 Every number comes from params.yaml and, as tuning chose it, from tuning/chosen.yaml; of a profile, from its own file. A
-stage writes its outputs beside their place and moves them there when they are
-whole, so that nothing half-written passes for finished; training stages keep checkpoints under checkpoints/ and, run
-again after an interruption, go on from the last.
+stage writes its outputs beside their place and moves them there when they are whole, so that nothing half-written
+passes for finished; training stages keep checkpoints under checkpoints/ and, run again after an interruption, go on
+from the last.
 """
 
 import argparse
