@@ -148,16 +148,16 @@ def theory(params: dict, _: argparse.Namespace) -> None:
 
 
 def trial(params: dict, arguments: argparse.Namespace) -> None:
-    """Train one trial of the tuning grid and measure it on validation prompts."""
+    """Train one trial of the tuning grid with one seed and measure it on validation prompts."""
     from cmdp.evaluation import evaluate as measure
     from cmdp.runs import distil
     from cmdp.statistics import with_budget
     from cmdp.tasks import load_task, read_problems
 
     tuning = yaml.safe_load(Path("tuning/params.yaml").read_text(encoding="utf-8"))
-    run, name = arguments.run, f"{arguments.run}-{arguments.index}"
+    run, seed, name = arguments.run, arguments.seed, f"{arguments.run}-{arguments.index}-{arguments.seed}"
     tried = tuning["grid"][run][arguments.index]
-    settings = {**params["train"], **params["budget"], **tried, "seed": tuning["seed"]}
+    settings = {**params["train"], **params["budget"], **tried, "seed": seed}
     trained = distil(run, settings, params["task"]["name"], DATA, MODELS, "student", f"tuning/{name}")
     completions, _ = measure(
         trained.student,
@@ -168,13 +168,13 @@ def trial(params: dict, arguments: argparse.Namespace) -> None:
         tuning["samples"],
         params["train"]["max_completion_length"],
         params["evaluate"]["batch_size"],
-        tuning["seed"],
+        seed,
         greedy=False,
     )
     sampled = with_budget(completions, **params["budget"])
     measures = sampled[["correct", "satisfied", "correct_within", "cost"]].mean()
     measures.index = ["accuracy", "csr", "accuracy_within", "cost"]
-    row = {"run": run, "index": arguments.index, **tried, **measures}
+    row = {"run": run, "index": arguments.index, "seed": seed, **tried, **measures}
     write_table(pd.DataFrame([row]), RESULTS / "tuning" / f"{name}.csv")
     shutil.rmtree(trained.checkpoints)
 
@@ -356,7 +356,8 @@ def main() -> None:
             command.add_argument("--concurrency", type=int, default=4, help="requests at a time")
         if stage is trial:
             command.add_argument("run", help="a method, with its variant: gkd-grpo-weak")
-            command.add_argument("index", type=int)
+            command.add_argument("index", type=int, help="of the run's trials in tuning/params.yaml, from 0")
+            command.add_argument("seed", type=int)
         if stage in (data, train, evaluate, collect, memory):
             command.add_argument("--config", type=Path, help="a profile of real models, instead of the parameters")
             words = "section.field=value: with --config, what the profile is to say instead"

@@ -5,6 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 CRITERION = "accuracy_within"  # right and within the budget: what the constraint leaves of the task reward
+MEASURES = ("accuracy", "csr", "accuracy_within", "cost")
 SETTINGS = ("learning_rate", "lam", "penalty", "dual_rate", "step_budget")
 
 
@@ -12,7 +13,7 @@ def choose(trials: pd.DataFrame) -> pd.DataFrame:
     """The best trial of each run by `CRITERION` on validation prompts; of equal ones the first in the grid.
 
     Args:
-        trials: a row a trial: `run`, `index`, the settings tried and the measures.
+        trials: as `read_trials` gives them.
     """
     return trials.loc[trials.groupby("run", sort=False)[CRITERION].idxmax()]
 
@@ -28,8 +29,19 @@ def settings_of(trial: pd.Series) -> dict[str, float]:
 
 
 def read_trials(folder: Path) -> pd.DataFrame:
-    """All trials, a row each. Raises `FileNotFoundError` where there are none."""
+    """All trials, a row each: `run`, `index`, the settings tried, `seeds`, and the means of the measures over these.
+
+    Raises:
+        FileNotFoundError: there are no trials.
+        ValueError: some trials were run with other seeds than the rest.
+    """
     paths = sorted(folder.glob("*.csv"))
     if not paths:
         raise FileNotFoundError(f"There are no trials in {folder}: run `make tune` first.")
-    return pd.concat([pd.read_csv(path) for path in paths], ignore_index=True)
+    rows = pd.concat([pd.read_csv(path) for path in paths], ignore_index=True)
+    trials = rows.groupby(["run", "index"])
+    if trials["seed"].agg(frozenset).nunique() > 1:
+        raise ValueError(f"Not every trial in {folder} was run with the same seeds: run `make tune` to its end.")
+    means = trials[[name for name in (*SETTINGS, *MEASURES) if name in rows]].mean()
+    means.insert(0, "seeds", trials["seed"].nunique())
+    return means.reset_index()

@@ -46,9 +46,11 @@ def test_chosen_settings_are_those_of_the_best_trial_on_validation_prompts():
     assert {run: settings for run, settings in chosen.items() if run != "sft"} == best
 
 
-def test_the_experiment_does_not_use_the_seed_of_tuning():
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    assert yaml.safe_load((ROOT / "tuning" / "params.yaml").read_text())["seed"] not in params["seeds"]
+def test_neither_experiment_nor_study_uses_a_seed_of_tuning():
+    tuned = set(yaml.safe_load((ROOT / "tuning" / "params.yaml").read_text())["seeds"])
+    arms = yaml.safe_load((ROOT / "study" / "params.yaml").read_text())["arms"].values()
+    assert not tuned & set(yaml.safe_load((ROOT / "params.yaml").read_text())["seeds"])
+    assert not tuned & {seed for arm in arms for seed in arm["seeds"]}
 
 
 def test_readme_tables_are_those_of_the_results_files():
