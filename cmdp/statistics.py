@@ -4,6 +4,8 @@ import numpy as np
 import pandas as pd
 
 RESAMPLES = 2000
+MANY_RESAMPLES = 20_000  # for a level near 1, whose tails are thin
+FEW_RESAMPLES = 200  # for what is no mean and takes long
 
 
 def with_budget(completions: pd.DataFrame, budget: float, budget_form: str = "total") -> pd.DataFrame:
@@ -35,10 +37,17 @@ def bootstrap(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> 
     return np.einsum("rs,sp,rp->r", by_seed, values, by_prompt, optimize=True)
 
 
-def interval(values: np.ndarray, seed: int = 0, level: float = 0.95) -> tuple[float, float, float]:
+def bounds(draws: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """(low, high) of the interval at `level` of a statistic whose bootstrap gave `draws`."""
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def interval(
+    values: np.ndarray, seed: int = 0, level: float = 0.95, resamples: int = RESAMPLES
+) -> tuple[float, float, float]:
     """(mean, low, high): the mean of `values` (seeds, prompts) and its bootstrap interval at `level`."""
-    low, high = np.quantile(bootstrap(values, seed), [(1 - level) / 2, (1 + level) / 2])
-    return float(values.mean()), float(low), float(high)
+    return float(values.mean()), *bounds(bootstrap(values, seed, resamples), level)
 
 
 def summarise(completions: pd.DataFrame, budget: float, budget_form: str = "total") -> pd.DataFrame:

@@ -14,15 +14,13 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 
-from cmdp.statistics import bootstrap, cells, with_budget
+from cmdp.statistics import MANY_RESAMPLES, bootstrap, bounds, cells, interval, with_budget
 from cmdp.study.tables import difference, wins
 
 YES, NO, OPEN, UNTESTED = "replicated", "not replicated", "inconclusive", "not tested at this scale"
 LESS = "replicated, but smaller"
-RESAMPLES = 20_000  # the tails of a corrected level are thin
 FEW = 3  # seeds: a comparison of single runs decides nothing
 SUBJECT = "cmdp"
 BASELINES = ("grpo", "gkd", "gkd-grpo-weak", "gkd-grpo-medium", "gkd-grpo-strong", "dual", "minillm", "kdrl")
@@ -46,17 +44,12 @@ def gain(low: float, high: float, published: float, none: float = 0.0) -> str:
     return NO if high < published else OPEN
 
 
-def bounds(draws: np.ndarray, level: float) -> np.ndarray:
-    """(low, high) of the interval at `level` of bootstrapped means."""
-    return np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-
-
-def effort(trials: pd.DataFrame, family: str) -> str:
+def effort(trials: pd.DataFrame, method: str) -> str:
     """How many trials a method was tuned by, variants included, and what of the best is at the edge of those tried."""
-    own = trials[trials["run"].str.fullmatch(f"{family}(-weak|-medium|-strong)?")]
+    own = trials[trials["run"].str.fullmatch(f"{method}(-weak|-medium|-strong)?")]
     best = own.loc[own["accuracy_within"].idxmax()]
     edges = [name for name in ("lam", "learning_rate") if best[name] in (own[name].min(), own[name].max())]
-    return f"{family} the best of {len(own)} trials" + (f" (at an edge in {' and '.join(edges)})" if edges else "")
+    return f"{method} the best of {len(own)} trials" + (f" (at an edge in {' and '.join(edges)})" if edges else "")
 
 
 def claims(
@@ -97,7 +90,7 @@ def claims(
         raise ValueError(f"The verdicts need the arms {missing}: run the study first (`make study`).")
 
     def minus(arm: str, rival: str, column: str) -> tuple[float, float, float]:
-        return difference(by_arm[arm], by_arm[rival], column, level, RESAMPLES)[:3]
+        return difference(by_arm[arm], by_arm[rival], column, level, MANY_RESAMPLES)[:3]
 
     def points(value: tuple[float, float, float]) -> str:
         return f"{100 * value[0]:+.1f} points [{100 * value[1]:+.1f}, {100 * value[2]:+.1f}]"
@@ -133,7 +126,7 @@ def claims(
             f"{tuned}; steps checked by program",
         )
     )
-    rates = wins(completions, ["grpo", "gkd"], [SUBJECT, ours], level, RESAMPLES)
+    rates = wins(completions, ["grpo", "gkd"], [SUBJECT, ours], level, MANY_RESAMPLES)
     ones = rates[rates["arm"] == SUBJECT].set_index("rival")
     verdicts = {gain(row.low, row.high, 0.55, none=0.5) for row in ones.itertuples()}
     said = [
@@ -217,7 +210,7 @@ def claims(
     )
     bound = max(found["greatest_p_over_bound"] for found in theory["penalty_bound"].values())
     satisfied, target = cells(by_arm[SUBJECT], "satisfied"), settings["target"]
-    kept = (satisfied.mean(), *bounds(bootstrap(satisfied, resamples=RESAMPLES), level))
+    kept = interval(satisfied, level=level, resamples=MANY_RESAMPLES)
     rows.append(
         Claim(
             "C9",
@@ -232,7 +225,7 @@ def claims(
     drops, draws = {}, {}
     for name in (SUBJECT, soft):
         both = [cells(table[table["arm"] == name], "correct_within") for table in (tests, longer)]
-        drawn = [bootstrap(values, resamples=RESAMPLES) for values in both]  # the same seeds, other prompts
+        drawn = [bootstrap(values, resamples=MANY_RESAMPLES) for values in both]  # the same seeds, other prompts
         draws[name] = drawn[0] - drawn[1]
         drops[name] = (both[0].mean() - both[1].mean(), *bounds(draws[name], level))
     further = (drops[SUBJECT][0] - drops[soft][0], *bounds(draws[SUBJECT] - draws[soft], level))

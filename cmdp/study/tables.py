@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cmdp.statistics import RESAMPLES, bootstrap, cells, interval, with_budget
+from cmdp.statistics import FEW_RESAMPLES, RESAMPLES, bootstrap, bounds, cells, interval, with_budget
 from cmdp.storage import write_table
 
 # Methods that know no budget: one run of theirs stands at every budget of the frontier.
@@ -28,7 +28,6 @@ MEASURES = {
 }
 LONGER = {"longer_accuracy": "correct", "longer_csr": "satisfied", "longer_validity": "valid"}
 SHARES_OF_BUDGET = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, np.inf)
-FEW_RESAMPLES = 200  # of the statistics that are no means
 
 
 def about_arm(arm: str, arms: dict) -> dict:
@@ -88,8 +87,7 @@ def difference(
     seeds = sorted(set(ours["seed"]) & set(theirs["seed"]))
     ours, theirs = (cells(table[table["seed"].isin(seeds)], column) for table in (ours, theirs))
     drawn = bootstrap(ours, resamples=resamples) - bootstrap(theirs, resamples=resamples)
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return float((ours - theirs).mean()), float(low), float(high), len(seeds)
+    return float((ours - theirs).mean()), *bounds(drawn, level), len(seeds)
 
 
 def paired(completions: pd.DataFrame, rivals: list[str], names: list[str], budget: float) -> pd.DataFrame:
@@ -123,8 +121,8 @@ def wins(
             pairs = by_arm[arm].merge(by_arm[rival], on=["seed", "prompt", "sample"], suffixes=("", "_rival"))
             score = 0.5 + 0.5 * (pairs["valid"] - pairs["valid_rival"])
             won = cells(pairs.assign(score=score), "score")
-            bounds = np.quantile(bootstrap(won, resamples=resamples), [(1 - level) / 2, (1 + level) / 2])
-            rows.append((arm, rival, won.mean(), *bounds, float((score == 0.5).mean()), pairs["seed"].nunique()))
+            rate = interval(won, level=level, resamples=resamples)
+            rows.append((arm, rival, *rate, float((score == 0.5).mean()), pairs["seed"].nunique()))
     return pd.DataFrame(rows, columns=["arm", "rival", "win_rate", "low", "high", "ties", "seeds"])
 
 
@@ -211,8 +209,7 @@ def _resampled(table: pd.DataFrame, statistic: Callable[[pd.DataFrame, np.ndarra
     for _ in range(FEW_RESAMPLES):
         weights = [rng.multinomial(n := codes.max() + 1, np.full(n, 1 / n))[codes] for codes in (seed, prompt)]
         draws.append(statistic(table, (weights[0] * weights[1]).astype(float)))
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return statistic(table, np.ones(len(table))), float(low), float(high)
+    return statistic(table, np.ones(len(table))), *bounds(draws)
 
 
 def write_all(completions: pd.DataFrame, times: pd.DataFrame, params: dict, study: dict, folder: Path) -> None:
