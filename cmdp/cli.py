@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from cmdp.storage import checkpoint_folder, provenance, whole, write_json, write_table, write_text
+from cmdp.storage import checkpoint_folder, provenance, read_yaml, whole, write_json, write_table, write_text
 
 CHOSEN, STUDY = Path("tuning/chosen.yaml"), Path("study/params.yaml")
 DATA, MODELS, RESULTS, FIGURES = (Path(name) for name in ("data", "models", "results", "figures"))
@@ -148,35 +148,39 @@ def theory(params: dict, _: argparse.Namespace) -> None:
 
 
 def trial(params: dict, arguments: argparse.Namespace) -> None:
-    """Train one trial of the tuning grid with one seed and measure it on validation prompts."""
+    """Train one trial of the tuning grid, once a seed, and measure it on validation prompts."""
     from cmdp.evaluation import evaluate as measure
     from cmdp.runs import distil
     from cmdp.statistics import with_budget
     from cmdp.tasks import load_task, read_problems
 
-    tuning = yaml.safe_load(Path("tuning/params.yaml").read_text(encoding="utf-8"))
-    run, seed, name = arguments.run, arguments.seed, f"{arguments.run}-{arguments.index}-{arguments.seed}"
+    tuning = read_params(Path("tuning/params.yaml"))
+    run, name, task = arguments.run, f"{arguments.run}-{arguments.index}", params["task"]["name"]
     tried = tuning["grid"][run][arguments.index]
-    settings = {**params["train"], **params["budget"], **tried, "seed": seed}
-    trained = distil(run, settings, params["task"]["name"], DATA, MODELS, "student", f"tuning/{name}")
-    completions, _ = measure(
-        trained.student,
-        trained.teacher,
-        trained.tokenizer,
-        load_task(params["task"]["name"]),
-        read_problems(DATA / "validation.jsonl"),
-        tuning["samples"],
-        params["train"]["max_completion_length"],
-        params["evaluate"]["batch_size"],
-        seed,
-        greedy=False,
-    )
-    sampled = with_budget(completions, **params["budget"])
-    measures = sampled[["correct", "satisfied", "correct_within", "cost"]].mean()
-    measures.index = ["accuracy", "csr", "accuracy_within", "cost"]
-    row = {"run": run, "index": arguments.index, "seed": seed, **tried, **measures}
-    write_table(pd.DataFrame([row]), RESULTS / "tuning" / f"{name}.csv")
-    shutil.rmtree(trained.checkpoints)
+    rows, checkpoints = [], []
+    for seed in tuning["seeds"]:
+        settings = {**params["train"], **params["budget"], **tried, "seed": seed}
+        trained = distil(run, settings, task, DATA, MODELS, "student", f"tuning/{name}-{seed}")
+        completions, _ = measure(
+            trained.student,
+            trained.teacher,
+            trained.tokenizer,
+            load_task(task),
+            read_problems(DATA / "validation.jsonl"),
+            tuning["samples"],
+            params["train"]["max_completion_length"],
+            params["evaluate"]["batch_size"],
+            seed,
+            greedy=False,
+        )
+        sampled = with_budget(completions, **params["budget"])
+        measures = sampled[["correct", "satisfied", "correct_within", "cost"]].mean()
+        measures.index = ["accuracy", "csr", "accuracy_within", "cost"]
+        rows.append({"run": run, "index": arguments.index, "seed": seed, **tried, **measures})
+        checkpoints.append(trained.checkpoints)
+    write_table(pd.DataFrame(rows), RESULTS / "tuning" / f"{name}.csv")
+    for folder in checkpoints:
+        shutil.rmtree(folder)
 
 
 def arm(params: dict, arguments: argparse.Namespace) -> None:
@@ -204,7 +208,8 @@ def study(params: dict, _: argparse.Namespace) -> None:
         raise FileNotFoundError(f"There are no arms under {MODELS / 'arms'}: run `make study` first.")
     times = pd.concat([pd.read_csv(path) for path in measured])
     completions = arms.read(RESULTS, params, settings["arms"])
-    tables.write_all(completions, times, params, settings, RESULTS / "study")
+    trials = pd.read_csv(RESULTS / "tuning.csv")
+    tables.write_all(completions, times, trials, params, settings, RESULTS / "study")
     write_table(claims.judge(completions, RESULTS, params, settings["claims"]), RESULTS / "study" / "claims.csv")
 
 
@@ -216,6 +221,7 @@ def choose(params: dict, _: argparse.Namespace) -> None:
     best = tuning.choose(trials)
     write_table(trials.assign(chosen=trials.index.isin(best.index).astype(int)), RESULTS / "tuning.csv")
     chosen = {"sft": {}} | {row["run"]: tuning.settings_of(row) for _, row in best.iterrows()}
+    chosen |= {f"trl-{run}": chosen[run] for run in ("grpo", "gkd")}  # TRL's own trainers take what was tuned for ours
     header = "# Written by `cmdp choose` from results/tuning.csv: what each run adds to `train` in params.yaml.\n\n"
     leading = {"soft": tuning.best(trials, "gkd-grpo"), "ours": tuning.best(trials, "cmdp-")}
     write_text(header + yaml.safe_dump({"best": leading, "runs": chosen}, sort_keys=False), CHOSEN)
@@ -252,7 +258,7 @@ def export(params: dict, arguments: argparse.Namespace) -> None:
     name, run, seed = arguments.folder.resolve().parts[-3:]
     results, base_model = RESULTS, str(MODELS / "student")
     if told := [path for path in (RESULTS / name / "profile.yaml", Path(f"profiles/{name}.yaml")) if path.is_file()]:
-        params = yaml.safe_load(told[0].read_text(encoding="utf-8"))
+        params = read_yaml(told[0])
         results, base_model = RESULTS / name, params["student"]["model"]
     method = method_of(run)
     settings = {**params["train"], **params["budget"], **METHODS.get(method, {}), **(params["runs"].get(run) or {})}
@@ -307,10 +313,10 @@ def read_params(path: Path, overlay: Path | None = None) -> dict:
 
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path} here: run `cmdp` at the root of the repository.")
-    params = yaml.safe_load(path.read_text(encoding="utf-8"))
+    params = read_yaml(path)
     if CHOSEN.is_file():
-        params |= yaml.safe_load(CHOSEN.read_text(encoding="utf-8"))
-    return merge(params, yaml.safe_load(overlay.read_text(encoding="utf-8"))) if overlay else params
+        params |= read_yaml(CHOSEN)
+    return merge(params, read_yaml(overlay)) if overlay else params
 
 
 def overlay(params: dict, arguments: argparse.Namespace) -> None:
@@ -357,7 +363,6 @@ def main() -> None:
         if stage is trial:
             command.add_argument("run", help="a method, with its variant: gkd-grpo-weak")
             command.add_argument("index", type=int, help="of the run's trials in tuning/params.yaml, from 0")
-            command.add_argument("seed", type=int)
         if stage in (data, train, evaluate, collect, memory):
             command.add_argument("--config", type=Path, help="a profile of real models, instead of the parameters")
             words = "section.field=value: with --config, what the profile is to say instead"

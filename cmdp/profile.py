@@ -27,7 +27,7 @@ from cmdp import runs
 from cmdp.memory import GIB, check_memory, device_memory, device_name, memory_sum, peak, taken
 from cmdp.methods import method_of
 from cmdp.models import ModelSpec, model_spec, pick_device, pick_dtype, shared_tokenizer
-from cmdp.storage import checkpoint_folder, whole, write_json, write_text
+from cmdp.storage import checkpoint_folder, parse_yaml, read_yaml, whole, write_json, write_text
 from cmdp.tasks import load_task, read_problems
 
 SECTIONS = ("task", "student", "teacher", "budget", "train", "methods", "runs", "seeds", "evaluate")
@@ -62,7 +62,7 @@ def read(path: Path, overrides: list[str]) -> dict:
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no profile at {path}.")
-    profile = yaml.safe_load(path.read_text(encoding="utf-8"))
+    profile = read_yaml(path)
     for override in overrides:
         keys, _, value = override.partition("=")
         *above, field = keys.split(".")
@@ -73,10 +73,7 @@ def read(path: Path, overrides: list[str]) -> dict:
             section = section.get(key)
             if not isinstance(section, dict):
                 raise ValueError(f"{keys} names no field of {path}: its sections are {', '.join(SECTIONS)}.")
-        section[field] = yaml.safe_load(value)
-    for settings in (profile.get("train"), profile.get("budget"), *(profile.get("runs") or {}).values()):
-        for field, value in (settings or {}).items():
-            settings[field] = _number(value)
+        section[field] = parse_yaml(value)
     if wrong := [*set(SECTIONS) - set(profile), *set(profile) - set(SECTIONS)]:
         raise ValueError(f"{path}: a profile has the sections {', '.join(SECTIONS)}; {wrong[0]!r} is wrong or missing.")
     specs(profile)
@@ -87,13 +84,6 @@ def read(path: Path, overrides: list[str]) -> dict:
     for name in profile["methods"]:
         method_of(name)
     return profile | {"name": path.stem}
-
-
-def _number(value):
-    """What YAML leaves a string though it is a number: 2e-5, without a point."""
-    with contextlib.suppress(ValueError):
-        return float(value) if isinstance(value, str) else value
-    return value
 
 
 def specs(profile: dict) -> tuple[ModelSpec, ModelSpec]:

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
 from cmdp.collect import gather
 from cmdp.statistics import with_budget
+from cmdp.storage import read_yaml
 from cmdp.study.tables import difference
 from cmdp.theory import OURS
 from cmdp.theory.tables import percent, sampled_learners
@@ -118,7 +118,7 @@ def laptop_table(results: Path) -> str:
     """What a run of profiles/laptop.yaml measured as a Markdown table: a row a method, and what it was run on."""
     table = pd.read_csv(results / "summary.csv").set_index(["run", "measure"])
     times = pd.read_csv(results / "timing.csv").set_index("run")
-    profile = yaml.safe_load((results / "profile.yaml").read_text(encoding="utf-8"))
+    profile = read_yaml(results / "profile.yaml")
     memory = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((results / "memory").glob("*/*.json"))]
     measures = {"accuracy": COLUMNS["accuracy"], "csr": COLUMNS["csr"], "kl_per_token": "nats a token"}
     measures |= {"cost": COLUMNS["cost"]}

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -13,10 +14,29 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
+import yaml
 
 CHECKPOINTS = Path("checkpoints")
 MAKERS = ("budget", "divergence", "evaluation", "methods", "models", "reward", "supervised", "tasks", "trainer")
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy", "pandas")
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 2e-5, without a point, as the number that it is to everyone but YAML 1.1."""
+
+
+_NUMBER = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789"))
+
+
+def parse_yaml(text: str):
+    """What a YAML text says: mappings, lists, strings and numbers alone."""
+    return yaml.load(text, _Loader)  # a safe loader: it makes no objects
+
+
+def read_yaml(path: Path) -> dict:
+    """The mapping that a parameter file holds."""
+    return parse_yaml(path.read_text(encoding="utf-8"))
 
 
 def enter_repository() -> Path:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cmdp import storage
 
@@ -75,3 +76,14 @@ def test_a_notebook_finds_the_root_from_below_it_and_says_where_there_is_none(tm
     (tmp_path / "params.yaml").unlink()
     with pytest.raises(FileNotFoundError, match="not inside a clone"):
         storage.enter_repository()
+
+
+@pytest.mark.parametrize(("text", "value"), [("2e-5", 2e-5), ("-1E+3", -1e3), ("1.5", 1.5), ("e5", "e5"), ("2e", "2e")])
+def test_a_number_without_a_point_is_one(text, value, tmp_path):
+    (tmp_path / "params.yaml").write_text(f"train: {{learning_rate: {text}}}")
+    assert storage.read_yaml(tmp_path / "params.yaml") == {"train": {"learning_rate": value}}
+
+
+def test_a_parameter_file_makes_no_objects():
+    with pytest.raises(yaml.constructor.ConstructorError):
+        storage.parse_yaml("!!python/object/apply:os.getcwd []")

@@ -16,21 +16,23 @@ from cmdp.study.arms import COLUMNS
 ROOT = Path(__file__).parents[1]
 SETTINGS = {"comparisons": 11, "tolerance": 0.02, "target": 0.95, "near": 0.05}
 THEORY = {"penalty_bound": {"any policy": {"greatest_p_over_bound": 0.9}}}
+STEPS = np.array([2, 3] * 30)  # of each of the prompts below
 NAMES = ("sft", "cmdp", "cmdp-adaptive", *claims.BASELINES)
 
 
 def completions(**rates: dict) -> pd.DataFrame:
     """Four samples of 60 prompts (and two of 20 longer ones) by four seeds for every arm of `NAMES`; `rates` sets an
-    arm's shares of right and valid answers, and its mean cost."""
+    arm's shares of right and valid answers (`complex`: of right ones to problems of three steps), and its mean cost."""
     draw, parts = np.random.default_rng(0), []
     for name in NAMES:
-        rate = {"right": 0.7, "valid": 0.7, "cost": 1.0, "longer": 0.4} | rates.get(name.replace("-", "_"), {})
+        rate = {"right": 0.7, "valid": 0.7, "cost": 1.0} | rates.get(name.replace("-", "_"), {})
         for split, prompts, samples in (("test", 60, 4), ("longer", 20, 2)):
             grid = pd.DataFrame(
                 itertools.product(range(4), range(prompts), range(samples)), columns=["seed", "prompt", 0]
             )
             count = len(grid)
-            right = rate["right"] if split == "test" else rate["longer"]
+            complex_too = rate.get("complex", rate["right"])
+            right = np.where(STEPS[grid["prompt"]] == 3, complex_too, rate["right"]) if split == "test" else 0.1
             table = grid.drop(columns=0).assign(
                 arm=name,
                 split=split,
@@ -79,7 +81,7 @@ def benchmark(ratio: float = 1.0) -> pd.DataFrame:
 def judged(table: pd.DataFrame, theory=THEORY, ratio=1.0, seeds=5, settings=SETTINGS, **near: int) -> pd.DataFrame:
     tables = times(), strengths(**near).assign(seeds=seeds), trials(), benchmark(ratio)
     names = "gkd-grpo-strong", "cmdp-adaptive"
-    return claims.claims(table, *tables, theory, *names, 2.0, settings).set_index("id")
+    return claims.claims(table, *tables, theory, STEPS, *names, 2.0, settings).set_index("id")
 
 
 def verdicts(table: pd.DataFrame, **given) -> pd.Series:
@@ -193,6 +195,22 @@ def test_strength_marks_what_is_near_the_methods_best():
     assert dict(zip(found["lam"], found["near_best"], strict=True)) == {0.1: 0, 1.0: 1, 3.0: 1, 0.01: 1}
 
 
+def test_ranges_say_which_trials_of_a_method_are_near_its_best():
+    rows = [
+        ("gkd-grpo-weak", 0.01, 1e-4, 0.5),
+        ("gkd-grpo-medium", 0.1, 1e-3, 0.77),
+        ("gkd-grpo-strong", 1.0, 2e-3, 0.8),
+    ]
+    rows += [("gkd-grpo-strong", 1.0, 2e-3, 0.8), ("gkd", None, 1e-3, 0.9), ("gkd", None, 2e-3, 0.7)]
+    found = tables.ranges(pd.DataFrame(rows, columns=["run", "lam", "learning_rate", "accuracy_within"]), near=0.05)
+    assert found.drop(columns="parameter").to_dict("split")["data"] == [
+        ["gkd-grpo", 2e-3, 1e-3, 2e-3, 1e-4, 2e-3, 2, 3],
+        ["gkd-grpo", 1.0, 0.1, 1.0, 0.01, 1.0, 2, 3],
+        ["gkd", 1e-3, 1e-3, 1e-3, 1e-3, 2e-3, 1, 2],
+    ]
+    assert list(found["parameter"]) == ["learning_rate", "lam", "learning_rate"]
+
+
 def test_every_completion_is_in_one_bin_of_the_budget():
     table = completions()
     found = tables.violation(table, ["cmdp", "grpo"], 2.0)
@@ -217,8 +235,8 @@ def test_step_times_are_set_against_the_soft_lagrangians():
 
 def test_a_clear_gain_is_replicated():
     table = completions(
-        cmdp={"right": 0.95, "valid": 0.97, "cost": 0.2, "longer": 0.2},
-        **{"minillm": {"cost": 0.2, "right": 0.8}, "sft": {"right": 0.3}},
+        cmdp={"right": 1.0, "complex": 0.75, "valid": 0.97, "cost": 0.2},
+        **{"minillm": {"cost": 0.2}, "sft": {"right": 0.3}},
     )
     found = verdicts(table)
     assert dict(found) == {
@@ -237,7 +255,7 @@ def test_a_clear_gain_is_replicated():
 
 
 def test_a_clear_loss_is_not():
-    weak = {"right": 0.5, "valid": 0.5, "cost": 2.5, "longer": 1.0}
+    weak = {"right": 0.1, "complex": 0.8, "valid": 0.5, "cost": 2.5}
     found = verdicts(completions(cmdp=weak, sft={"right": 0.3}), cmdp=0)
     for claim in ("C1", "C2", "C3", "C6", "C9", "L1"):
         assert found[claim] == "not replicated", claim
@@ -274,6 +292,20 @@ def test_how_wide_a_range_works_is_left_open_where_it_cannot_be_told():
     assert verdicts(own)["L2"] == "not replicated"
     assert verdicts(own, seeds=1)["L2"] == "inconclusive"  # single runs
     assert verdicts(completions())["L2"] == "inconclusive"  # the student is near the best before it is trained
+
+
+def test_harder_problems_count_by_what_each_loses_on_them():
+    verdict = verdicts(completions(cmdp={"complex": 0.3}, gkd_grpo_strong={"complex": 0.3}))["L1"]
+    assert verdict == "inconclusive"  # both lose as much
+    evidence = judged(completions(cmdp={"right": 1.0, "complex": 0.0, "cost": 0.01})).loc["L1", "evidence"]
+    assert evidence.startswith("right and within the budget: +100.0 points [+100.0, +100.0] lost from 2 to 3 steps")
+
+
+def test_the_steps_of_the_held_out_problems_are_those_of_their_solutions():
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    steps = claims.problem_steps(params)
+    assert len(steps) == params["task"]["sizes"]["test"]
+    assert set(steps) == set(range(params["task"]["steps"][0], params["task"]["steps"][1] + 1))
 
 
 def test_the_conditions_say_how_the_rivals_were_tuned():

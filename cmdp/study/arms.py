@@ -29,8 +29,7 @@ def arm(params: dict, settings: dict, measure, paths: dict[str, Path], name: str
     from cmdp.runs import distil
 
     run = settings["run"]
-    tuned = params["runs"].get(run.removeprefix("trl-"), {})
-    fields = {**params["train"], **params["budget"], **tuned, **settings.get("set", {}), "seed": seed}
+    fields = {**params["train"], **params["budget"], **params["runs"][run], **settings.get("set", {}), "seed": seed}
     start = settings["start"]
     trained = distil(run, fields, params["task"]["name"], paths["data"], paths["models"], start, f"study/{name}-{seed}")
     tables = measure(params, (trained.student, trained.teacher, trained.tokenizer), seed)

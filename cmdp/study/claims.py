@@ -14,10 +14,12 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from cmdp.statistics import MANY_RESAMPLES, bootstrap, bounds, cells, interval, with_budget
 from cmdp.study.tables import difference, wins
+from cmdp.tasks import load_task
 
 YES, NO, OPEN, UNTESTED = "replicated", "not replicated", "inconclusive", "not tested at this scale"
 LESS = "replicated, but smaller"
@@ -59,6 +61,7 @@ def claims(
     trials: pd.DataFrame,
     benchmark: pd.DataFrame,
     theory: dict,
+    steps: np.ndarray,
     soft: str,
     ours: str,
     budget: float,
@@ -73,6 +76,7 @@ def claims(
         trials: of tuning, with `chosen`.
         benchmark: steps of the methods that took turns, as `cmdp benchmark` writes them.
         theory: results of the theory study's summary.
+        steps: of each held-out problem, by its index.
         soft: the soft Lagrangian that did best on validation prompts.
         ours: the constrained variant of ours that did.
         budget: the default, in nats.
@@ -222,12 +226,19 @@ def claims(
             f"{at}; guaranteed is {100 * target:g} % at least",
         )
     )
+    fewest, most = steps.min(), steps.max()
     drops, draws = {}, {}
     for name in (SUBJECT, soft):
-        both = [cells(table[table["arm"] == name], "correct_within") for table in (tests, longer)]
+        table = by_arm[name].assign(steps=steps[by_arm[name]["prompt"]])
+        both = [cells(table[table["steps"] == count], "correct_within") for count in (fewest, most)]
         drawn = [bootstrap(values, resamples=MANY_RESAMPLES) for values in both]  # the same seeds, other prompts
         draws[name] = drawn[0] - drawn[1]
         drops[name] = (both[0].mean() - both[1].mean(), *bounds(draws[name], level))
+    far = {
+        name: interval(cells(longer[longer["arm"] == name], "correct"), level=level, resamples=MANY_RESAMPLES)
+        for name in (SUBJECT, "teacher")
+        if name in by_arm
+    }
     further = (drops[SUBJECT][0] - drops[soft][0], *bounds(draws[SUBJECT] - draws[soft], level))
     rows.append(
         Claim(
@@ -235,19 +246,20 @@ def claims(
             "degrades on complex multi-step problems",
             "-",
             YES if further[1] > 0 else NO if further[2] < 0 else OPEN,
-            f"right and within the budget: {points(drops[SUBJECT])} lost from 2 or 3 steps to 4 or 5; "
-            f"{soft}: {points(drops[soft])}; difference {points(further)}",
-            f"{at}; no training on longer problems; replicated if it loses more than {soft}",
+            f"right and within the budget: {points(drops[SUBJECT])} lost from {fewest} to {most} steps; "
+            f"{soft}: {points(drops[soft])}; difference {points(further)}; of problems longer than any in training "
+            + ", ".join(f"{name} answers {share(value)}" for name, value in far.items()),
+            f"{at}; replicated if it loses more than {soft} from {fewest} to {most} steps",
         )
     )
     within = strengths[strengths["measure"] == "accuracy_within"]
     near = {name: table.loc[table["near_best"] == 1, "lam"] for name, table in within.groupby("method")}
     width = {name: good.max() / good.min() for name, good in near.items()}
     tried = {name: ", ".join(f"{lam:g}" for lam in table["lam"]) for name, table in within.groupby("method")}
-    fewest, most = within["seeds"].min(), within["seeds"].max()
+    seeds = within.loc[within["method"].isin([SUBJECT, "gkd-grpo"]), "seeds"]
     before = by_arm["sft"]["correct_within"].mean()
     least = (1 - settings["near"]) * within.loc[within["method"] == SUBJECT, "mean"].max()
-    decided = fewest >= FEW and before < least
+    decided = seeds.min() >= FEW and before < least
     rows.append(
         Claim(
             "L2",
@@ -259,7 +271,7 @@ def claims(
                 for name in (SUBJECT, "cmdp-hinge", "gkd-grpo")
             )
             + f"; near is {100 * least:.1f} % for {SUBJECT}, and the student has {100 * before:.1f} % before training",
-            f"arithmetic, budget {budget:g} nats, {fewest} to {most} seeds a lambda; near: at least "
+            f"arithmetic, budget {budget:g} nats, {seeds.min()} to {seeds.max()} seeds a lambda; near: at least "
             f"{100 * (1 - settings['near']):g} % of the method's best, right and within it",
         )
     )
@@ -278,4 +290,11 @@ def judge(completions: pd.DataFrame, results: Path, params: dict, settings: dict
     names = ("study/times", "study/strength", "tuning", "benchmark/default")
     tables = [pd.read_csv(results / f"{name}.csv") for name in names]
     soft, ours, budget = params["best"]["soft"], params["best"]["ours"], params["budget"]["budget"]
-    return claims(completions, *tables, theory, soft, ours, budget, settings)
+    return claims(completions, *tables, theory, problem_steps(params), soft, ours, budget, settings)
+
+
+def problem_steps(params: dict) -> np.ndarray:
+    """How many steps each problem of the held-out split takes: drawn again, since results files hold no problems."""
+    task = params["task"]
+    splits = load_task(task["name"]).problems(task["sizes"], tuple(task["steps"]), task["seed"])
+    return np.array([problem["solution"].count(" ; ") for problem in splits[params["evaluate"]["split"]]])

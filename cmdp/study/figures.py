@@ -37,15 +37,7 @@ ABLATIONS = {  # what an arm changes in the method that it is an ablation of
     "cmdp-single-step": "single-step part alone",
     "cmdp-gkd-first": "pure distillation first",
     "cmdp-schedule": "budget lowered in training",
-    "cmdp-margin": "aims below the budget",
-    "cmdp-hinge-both-parts": "long-term part too",
-    "gkd-grpo-both-parts": "long-term part too",
     "gkd-few-prompts": "8 completions a prompt",
-    "gkd-grpo-few-prompts": "8 completions a prompt",
-    "grpo-few-prompts": "8 completions a prompt",
-    "cmdp-few-prompts": "8 completions a prompt",
-    "cmdp-adaptive-at-95": "asks for a CSR of 95 %",
-    "gkd-grpo-longer": "three times the steps",
     "cmdp-adaptive-longer": "three times the steps",
 }
 TRACED = ("sft", "grpo", "gkd", "cmdp", "cmdp-hinge", "cmdp-adaptive")  # and the best soft Lagrangian: all are too many

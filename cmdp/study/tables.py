@@ -12,6 +12,7 @@ import pandas as pd
 
 from cmdp.statistics import FEW_RESAMPLES, RESAMPLES, bootstrap, bounds, cells, interval, with_budget
 from cmdp.storage import write_table
+from cmdp.tuning import CRITERION, SETTINGS
 
 # Methods that know no budget: one run of theirs stands at every budget of the frontier.
 BLIND = ("sft", "grpo", "gkd", "gkd-grpo", "minillm", "kdrl", "worst-case", "trl-grpo", "trl-gkd")
@@ -147,6 +148,24 @@ def strength(summary: pd.DataFrame, arms: dict, tuned: dict, near: float) -> pd.
     return table.assign(near_best=flags).sort_values(["method", "measure", "lam"], ignore_index=True)
 
 
+def ranges(trials: pd.DataFrame, near: float) -> pd.DataFrame:
+    """What each method makes of each parameter that its trials differ in: the `best` value, the least and greatest of
+    trials within `near` of the best by tuning's criterion, and of all trials; how many are near the best, of how many.
+
+    Args:
+        trials: of tuning. Those of one method's fixed weights are trials of its lambda.
+    """
+    rows = []
+    for method, own in trials.groupby(trials["run"].str.replace("-(weak|medium|strong)$", "", regex=True), sort=False):
+        best = own.loc[own[CRITERION].idxmax()]
+        good = own[own[CRITERION] >= (1 - near) * best[CRITERION]]
+        for name in [name for name in SETTINGS if name in own and own[name].nunique() > 1]:
+            ends = (table[name].agg(end) for table in (good, own) for end in ("min", "max"))
+            rows.append((method, name, best[name], *ends, len(good), len(own)))
+    columns = ["method", "parameter", "best", "low", "high", "tried_low", "tried_high", "near_best", "trials"]
+    return pd.DataFrame(rows, columns=columns)
+
+
 def violation(completions: pd.DataFrame, names: list[str], budget: float) -> pd.DataFrame:
     """Completions by the share of the budget that they spent, C / d: what is right, valid and sure in each bin."""
     tests = completions[(completions["split"] == "test") & completions["arm"].isin(names)]
@@ -212,10 +231,13 @@ def _resampled(table: pd.DataFrame, statistic: Callable[[pd.DataFrame, np.ndarra
     return statistic(table, np.ones(len(table))), *bounds(draws)
 
 
-def write_all(completions: pd.DataFrame, times: pd.DataFrame, params: dict, study: dict, folder: Path) -> None:
+def write_all(
+    completions: pd.DataFrame, times: pd.DataFrame, trials: pd.DataFrame, params: dict, study: dict, folder: Path
+) -> None:
     """Write every table of the study but the verdicts into `folder`.
 
     Args:
+        trials: of tuning.
         params: of the default experiment, with the settings that tuning chose.
         study: study/params.yaml.
     """
@@ -230,6 +252,7 @@ def write_all(completions: pd.DataFrame, times: pd.DataFrame, params: dict, stud
         "ablations": ablations(completions, arms, budget),
         "wins": wins(completions, rivals, names),
         "strength": strength(means, arms, params["runs"], study["claims"]["near"]),
+        "ranges": ranges(trials, study["claims"]["near"]),
         "violation": violation(completions, [name for name in names if name != "teacher"], budget),
         "times": times,
         "timing": timing(times),
