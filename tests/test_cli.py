@@ -115,7 +115,7 @@ def test_an_arm_of_the_study_trains_and_measures_every_seed(monkeypatch, method)
     about = {"family": "method", "run": method, "start": "student", "set": own, "seeds": [3, 4]}
     Path("study").mkdir()
     Path("study/params.yaml").write_text(yaml.safe_dump({"arms": {"one": about}}))
-    run(monkeypatch, "arm", "one", evaluate=EVALUATE)
+    run(monkeypatch, "arm", "one", evaluate=EVALUATE, runs={method: {}})
     table = pd.read_csv("results/study/arms/one.csv", keep_default_na=False)
     assert list(table.columns) == COLUMNS
     assert table.groupby(["seed", "split"]).size().to_dict() == {
@@ -125,6 +125,48 @@ def test_an_arm_of_the_study_trains_and_measures_every_seed(monkeypatch, method)
     assert times["seed"].tolist() == [3, 4]
     assert (times["seconds"] > 0).all()
     assert not list(Path("checkpoints").glob("study/*"))
+
+
+def test_an_arm_of_a_run_that_was_not_tuned_is_refused(monkeypatch):
+    Path("study").mkdir()
+    about = {"family": "method", "run": "grpo", "start": "student", "seeds": [0]}
+    Path("study/params.yaml").write_text(yaml.safe_dump({"arms": {"one": about}}))
+    with pytest.raises(SystemExit, match=r"tuning/chosen.yaml has no settings of grpo: .* `make tune`"):
+        run(monkeypatch, "arm", "one", evaluate=EVALUATE)
+
+
+def test_trials_are_judged_by_the_mean_of_their_seeds(monkeypatch):
+    sizes = {"test": 4, "validation": 4, "train": 8, "supervised": 8}
+    task = PARAMS["task"] | {"sizes": sizes}
+    pair("models/student", arithmetic.vocabulary())
+    pair("models/teacher", arithmetic.vocabulary())
+    run(monkeypatch, "data", task=task)
+    grid = {name: [{"learning_rate": 1e-3}, {"learning_rate": 2e-3}] for name in ("grpo", "gkd")}
+    Path("tuning").mkdir()
+    Path("tuning/params.yaml").write_text(yaml.safe_dump({"seeds": [100, 101], "samples": 2, "grid": grid}))
+    for name in grid:
+        for index in ("0", "1"):
+            run(monkeypatch, "trial", name, index, task=task, evaluate=EVALUATE)
+    row = pd.read_csv("results/tuning/gkd-1.csv")
+    assert row[["run", "index", "seed", "learning_rate"]].to_numpy().tolist() == [
+        ["gkd", 1, 100, 2e-3],
+        ["gkd", 1, 101, 2e-3],
+    ]
+    assert not list(Path("checkpoints").glob("tuning/*"))
+    for name in grid:  # the second trial of each is best by the mean of its seeds, though not with the first
+        for index, shares in enumerate(((0.5, 0.1), (0.4, 0.4))):
+            path = Path(f"results/tuning/{name}-{index}.csv")
+            pd.read_csv(path).assign(accuracy_within=shares).to_csv(path, index=False)
+    for name in ("gkd-grpo-weak", "cmdp-adaptive"):  # of each family whose best is named
+        pd.read_csv("results/tuning/gkd-0.csv").assign(run=name).to_csv(f"results/tuning/{name}-0.csv", index=False)
+    run(monkeypatch, "choose")
+    chosen = yaml.safe_load(Path("tuning/chosen.yaml").read_text())
+    assert chosen["runs"]["gkd"] == chosen["runs"]["trl-gkd"] == {"learning_rate": 2e-3}
+    table = pd.read_csv("results/tuning.csv").query("run == 'grpo'")
+    assert table[["accuracy_within", "seeds", "chosen"]].to_numpy().tolist() == [[0.3, 2, 0], [0.4, 2, 1]]
+    pd.read_csv("results/tuning/grpo-0.csv").head(1).to_csv("results/tuning/grpo-0.csv", index=False)
+    with pytest.raises(SystemExit, match="Not every trial in results/tuning was run with the same seeds"):
+        run(monkeypatch, "choose")
 
 
 def test_evaluation_writes_completions_positions_longer_problems_and_examples(monkeypatch):

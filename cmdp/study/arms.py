@@ -25,10 +25,15 @@ def arm(params: dict, settings: dict, measure, paths: dict[str, Path], name: str
     Returns:
         its completions, a row each, those of longer problems told apart by `split`; its times, a row; and the folder of
         its checkpoints, to be deleted when both are written.
+
+    Raises:
+        ValueError: tuning has chosen no settings of the arm's run.
     """
     from cmdp.runs import distil
 
     run = settings["run"]
+    if run not in params["runs"]:
+        raise ValueError(f"tuning/chosen.yaml has no settings of {run}: give it trials, and run `make tune`.")
     fields = {**params["train"], **params["budget"], **params["runs"][run], **settings.get("set", {}), "seed": seed}
     start = settings["start"]
     trained = distil(run, fields, params["task"]["name"], paths["data"], paths["models"], start, f"study/{name}-{seed}")
