@@ -355,5 +355,6 @@ def test_the_committed_verdicts_are_those_of_the_committed_results():
     settings = yaml.safe_load((ROOT / "study" / "params.yaml").read_text())
     completions = arms.read(ROOT / "results", params, settings["arms"])
     found = claims.judge(completions, ROOT / "results", params, settings["claims"])
+    assert {path.stem for path in (ROOT / "results" / "study" / "arms").glob("*.csv")} == set(settings["arms"])
     committed = pd.read_csv(ROOT / "results" / "study" / "claims.csv")
     pd.testing.assert_frame_equal(found, committed)
