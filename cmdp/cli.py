@@ -184,7 +184,7 @@ def trial(params: dict, arguments: argparse.Namespace) -> None:
 
 
 def arm(params: dict, arguments: argparse.Namespace) -> None:
-    """Train and measure one arm of the study, all of its seeds: results/study/NAME.csv."""
+    """Train and measure one arm of the study, all of its seeds: results/study/arms/NAME.csv."""
     from cmdp.study.arms import arm as train_and_measure
 
     settings = read_params(STUDY)["arms"][arguments.name]
@@ -222,6 +222,9 @@ def choose(params: dict, _: argparse.Namespace) -> None:
     write_table(trials.assign(chosen=trials.index.isin(best.index).astype(int)), RESULTS / "tuning.csv")
     chosen = {"sft": {}} | {row["run"]: tuning.settings_of(row) for _, row in best.iterrows()}
     chosen |= {f"trl-{run}": chosen[run] for run in ("grpo", "gkd")}  # TRL's own trainers take what was tuned for ours
+    # the budget plays a part in the choice, none in what GRPO maximises: so once more without it
+    unconstrained = tuning.choose(trials[trials["run"] == "grpo"], "accuracy").iloc[0]
+    chosen["grpo-by-accuracy"] = tuning.settings_of(unconstrained)
     header = "# Written by `cmdp choose` from results/tuning.csv: what each run adds to `train` in params.yaml.\n\n"
     leading = {"soft": tuning.best(trials, "gkd-grpo"), "ours": tuning.best(trials, "cmdp-")}
     write_text(header + yaml.safe_dump({"best": leading, "runs": chosen}, sort_keys=False), CHOSEN)

@@ -29,7 +29,7 @@ FAMILIES = {
     "trl-gkd": ((0.3, 0.75, 0.5), (4, 1, 0)),
     "teacher": ((0.0, 0.0, 0.0), "*"),
 }
-MARKERS = {"weak": "v", "medium": "o", "strong": "^"}
+MARKERS = {"weak": "v", "medium": "o", "strong": "^", "accuracy": "8"}
 
 
 def family(run: str) -> str:

@@ -1,5 +1,7 @@
 """Means with 95 % bootstrap intervals over seeds and prompts, from the tables that `evaluation` writes."""
 
+import functools
+
 import numpy as np
 import pandas as pd
 
@@ -30,11 +32,16 @@ def bootstrap(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> 
 
     Two arrays of one shape are resampled alike under one seed, so that the difference of their bootstraps is paired.
     """
-    rng = np.random.default_rng(seed)
-    seeds, prompts = values.shape
-    by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
-    by_prompt = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples) / prompts
+    by_seed, by_prompt = _draws(*values.shape, seed, resamples)
     return np.einsum("rs,sp,rp->r", by_seed, values, by_prompt, optimize=True)
+
+
+@functools.lru_cache(maxsize=8)
+def _draws(seeds: int, prompts: int, seed: int, resamples: int) -> tuple[np.ndarray, np.ndarray]:
+    """The weights of seeds (resamples, seeds) and prompts (resamples, prompts) in each draw."""
+    rng = np.random.default_rng(seed)
+    by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
+    return by_seed, rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples) / prompts
 
 
 def bounds(draws: np.ndarray, level: float = 0.95) -> tuple[float, float]:

@@ -9,13 +9,13 @@ MEASURES = ("accuracy", "csr", "accuracy_within", "cost")
 SETTINGS = ("learning_rate", "lam", "penalty", "dual_rate", "step_budget")
 
 
-def choose(trials: pd.DataFrame) -> pd.DataFrame:
-    """The best trial of each run by `CRITERION` on validation prompts; of equal ones the first in the grid.
+def choose(trials: pd.DataFrame, criterion: str = CRITERION) -> pd.DataFrame:
+    """The best trial of each run by `criterion` on validation prompts; of equal ones the first in the grid.
 
     Args:
         trials: as `read_trials` gives them.
     """
-    return trials.loc[trials.groupby("run", sort=False)[CRITERION].idxmax()]
+    return trials.loc[trials.groupby("run", sort=False)[criterion].idxmax()]
 
 
 def best(trials: pd.DataFrame, family: str) -> str:

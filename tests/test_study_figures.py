@@ -91,6 +91,8 @@ def write_tables(folder: Path) -> None:
                 row = {"method": method, "lam": lam, "measure": measure, **spread("mean", "low", "high")}
                 strength.append({**row, **common, "near_best": near})
     write("strength", strength)
+    ends = {"low": 0.001, "high": 0.002, "tried_low": 0.001, "tried_high": 0.003, "near_best": 2, "trials": 5}
+    write("ranges", [{"method": method, "parameter": "learning_rate", "best": 0.002, **ends} for method in METHODS])
     edges = [0, 0.5, 1, 1.5, 2, np.inf]
     violation = []
     for method in METHODS:
@@ -168,7 +170,7 @@ def test_every_ablation_stands_below_its_method_and_says_what_it_changes(results
     figure = figures.ablations(results)
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert len(labels) == len(figures.ABLATIONS) + len({*ablated.values()})
-    assert labels.index("cmdp") < labels.index("budget per token") < labels.index("cmdp-hinge")
+    assert labels.index("gkd-grpo-strong") < labels.index("cmdp") < labels.index("budget per token")
     for axes, measure in zip(figure.axes, ("csr", "accuracy_within"), strict=True):
         found = points(axes)
         assert set(found) == {*figures.ABLATIONS, *ablated.values()}
@@ -190,8 +192,8 @@ def test_capacities_come_with_the_default_student_of_the_same_method(results):
         for where in found.values():
             assert where[:, 0] == pytest.approx([0.1, 0.3, 0.5, 1.0], rel=0.06)
     summary = pd.read_csv(results / "summary.csv").set_index(["arm", "measure"])["mean"]
-    assert points(csr)["gkd-grpo-medium"][:, 1] == pytest.approx(
-        [summary[f"gkd-grpo-{name}", "csr"] for name in ("tenth", "medium", "half", "equal")]
+    assert points(csr)["gkd-grpo-strong"][:, 1] == pytest.approx(
+        [summary[f"gkd-grpo-{name}", "csr"] for name in ("tenth", "strong", "half", "equal")]
     )
     assert "the teacher" in accuracy.get_legend_handles_labels()[1]
 
@@ -242,12 +244,13 @@ def test_a_study_of_a_few_arms_is_drawn_from_the_tables_that_it_writes(tmp_path)
     )[["arm", *arms.COLUMNS]]
     params = {"budget": {"budget": 0.5}, "best": {"soft": "gkd-grpo-strong"}, "runs": {"cmdp": {"lam": 1.0}}}
     times = pd.DataFrame({"arm": few, "seed": 0, "steps": 2, "seconds": 1.0})
-    tables.write_all(completions, times, params, {"arms": ARMS, "claims": {"near": 0.05}}, tmp_path / "study")
+    trials = pd.DataFrame({"run": ["cmdp"] * 2, "learning_rate": [1e-3, 2e-3], "accuracy_within": [0.5, 0.6]})
+    tables.write_all(completions, times, trials, params, {"arms": ARMS, "claims": {"near": 0.05}}, tmp_path / "study")
     drawn = {name: getattr(figures, name)(tmp_path / "study") for name in DRAWN}
     assert set(points(drawn["paired"].axes[0])) == {*few} - {"gkd-grpo-strong", "cmdp-at-4", "cmdp-k3"}
     assert set(points(drawn["ablations"].axes[0])) == {"cmdp", "cmdp-k3"}
     assert not drawn["capacity"].axes[0].containers
-    assert set(points(drawn["frontier"].axes[1])) == {"sft", "grpo", "gkd-grpo-weak", "gkd-grpo-strong", "cmdp"}
+    assert set(points(drawn["frontier"].axes[2])) == {"sft", "grpo", "gkd-grpo-weak", "gkd-grpo-strong", "cmdp"}
 
 
 @pytest.mark.parametrize("name", ["03_results", "04_ablations"])

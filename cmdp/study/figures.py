@@ -1,7 +1,7 @@
 """Figures of the study, each drawn from the tables under results/study alone: SVG and PNG.
 
 A method has one colour and one marker throughout, those of the default experiment's figures. An arm that was not run is
-left out. Bars are 95 % intervals.
+left out. Bars are 95 % intervals; those of differences are for all arms of a figure at once.
 """
 
 from collections.abc import Iterable
@@ -35,10 +35,12 @@ ABLATIONS = {  # what an arm changes in the method that it is an ablation of
     "cmdp-jsd": "cost: Jensen-Shannon",
     "cmdp-return-to-go": "credit: return to go",
     "cmdp-single-step": "single-step part alone",
+    "gkd-grpo-both-parts": "long-term part too",
     "cmdp-gkd-first": "pure distillation first",
     "cmdp-schedule": "budget lowered in training",
     "gkd-few-prompts": "8 completions a prompt",
-    "cmdp-adaptive-longer": "three times the steps",
+    "grpo-few-prompts": "8 completions a prompt",
+    "cmdp-few-prompts": "8 completions a prompt",
 }
 TRACED = ("sft", "grpo", "gkd", "cmdp", "cmdp-hinge", "cmdp-adaptive")  # and the best soft Lagrangian: all are too many
 FEW = 30  # completions: a share of fewer is not drawn

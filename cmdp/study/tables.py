@@ -1,7 +1,7 @@
 """What the arms say together: every table of the study, from the arms' completions.
 
-Means come with 95 % bootstrap intervals over seeds and prompts; differences are paired over both, on the seeds that two
-arms share.
+Means come with 95 % bootstrap intervals over seeds and prompts. Differences are paired over both, on the seeds that two
+arms share; their 5 % is shared by all arms that one table sets against one rival in one measure (Bonferroni).
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cmdp.statistics import FEW_RESAMPLES, RESAMPLES, bootstrap, bounds, cells, interval, with_budget
+from cmdp.statistics import FEW_RESAMPLES, MANY_RESAMPLES, RESAMPLES, bootstrap, bounds, cells, interval, with_budget
 from cmdp.storage import write_table
 from cmdp.tuning import CRITERION, SETTINGS
 
@@ -84,21 +84,26 @@ def frontier(completions: pd.DataFrame, arms: dict, budget: float) -> pd.DataFra
 def difference(
     ours: pd.DataFrame, theirs: pd.DataFrame, column: str, level: float = 0.95, resamples: int = RESAMPLES
 ) -> tuple:
-    """(mean, low, high) of ours minus theirs, paired over the seeds and prompts that both have; and those seeds."""
+    """(mean, low, high) of ours minus theirs, paired over prompts and the seeds that both have; and their number."""
     seeds = sorted(set(ours["seed"]) & set(theirs["seed"]))
     ours, theirs = (cells(table[table["seed"].isin(seeds)], column) for table in (ours, theirs))
     drawn = bootstrap(ours, resamples=resamples) - bootstrap(theirs, resamples=resamples)
     return float((ours - theirs).mean()), *bounds(drawn, level), len(seeds)
 
 
-def paired(completions: pd.DataFrame, rivals: list[str], names: list[str], budget: float) -> pd.DataFrame:
-    """Every arm of `names` minus every one of `rivals`, measure by measure."""
+def paired(
+    completions: pd.DataFrame, rivals: list[str], names: list[str], budget: float, comparisons: int | None = None
+) -> pd.DataFrame:
+    """Every arm of `names` minus every one of `rivals`, measure by measure: intervals for as many `comparisons`, by
+    default one for each of `names`."""
+    level = 1 - 0.05 / (comparisons or len(names))
     tests = with_budget(completions[completions["split"] == "test"], budget)
     by_arm, rows = dict(list(tests.groupby("arm"))), []
     for arm in (name for name in names if name in by_arm):
         for rival in (name for name in rivals if name in by_arm and name != arm):
             for measure in ("accuracy", "csr", "accuracy_within", "validity"):
-                rows.append((arm, rival, measure, *difference(by_arm[arm], by_arm[rival], MEASURES[measure])))
+                found = difference(by_arm[arm], by_arm[rival], MEASURES[measure], level, MANY_RESAMPLES)
+                rows.append((arm, rival, measure, *found))
     return pd.DataFrame(rows, columns=["arm", "rival", "measure", "difference", "low", "high", "seeds"])
 
 
@@ -106,7 +111,8 @@ def ablations(completions: pd.DataFrame, arms: dict, budget: float) -> pd.DataFr
     """Every ablation minus the method that it changes, in the columns of `paired`. `cmdp` without Phi is a method of
     its own, `saute-constant`."""
     changed = {"saute-constant": "cmdp"} | {arm: arms[arm]["run"] for arm in arms if arms[arm]["family"] == "ablation"}
-    return pd.concat([paired(completions, [run], [arm], budget) for arm, run in changed.items()], ignore_index=True)
+    tables = [paired(completions, [run], [arm], budget, len(changed)) for arm, run in changed.items()]
+    return pd.concat(tables, ignore_index=True)
 
 
 def wins(
