@@ -221,7 +221,8 @@ def choose(params: dict, _: argparse.Namespace) -> None:
     best = tuning.choose(trials)
     write_table(trials.assign(chosen=trials.index.isin(best.index).astype(int)), RESULTS / "tuning.csv")
     chosen = {"sft": {}} | {row["run"]: tuning.settings_of(row) for _, row in best.iterrows()}
-    chosen |= {f"trl-{run}": chosen[run] for run in ("grpo", "gkd")}  # TRL's own trainers take what was tuned for ours
+    # TRL's own trainers take what was tuned for ours
+    chosen |= {f"trl-{run}": dict(chosen[run]) for run in ("grpo", "gkd")}
     # the budget plays a part in the choice, none in what GRPO maximises: so once more without it
     unconstrained = tuning.choose(trials[trials["run"] == "grpo"], "accuracy").iloc[0]
     chosen["grpo-by-accuracy"] = tuning.settings_of(unconstrained)
