@@ -83,9 +83,10 @@ def test_what_readme_says_of_the_study_is_so():
     """The points below its table, which no command writes."""
     folder = ROOT / "results" / "study"
     summary = pd.read_csv(folder / "summary.csv").set_index(["arm", "measure"])["mean"]
-    for arm in ("cmdp-adaptive", "cmdp-adaptive-at-4", "cmdp-adaptive-half", "cmdp-adaptive-equal"):
+    for arm in ("cmdp-adaptive", "cmdp-adaptive-at-4", "cmdp-adaptive-half"):
         assert summary[arm, "csr"] > 0.95
     assert 0.94 < summary["cmdp-adaptive-at-1", "csr"] < 0.95
+    assert summary["cmdp-adaptive-equal", "csr"] == pytest.approx(0.93, abs=0.005)
     frontier = pd.read_csv(folder / "frontier.csv")
     assert frontier.loc[frontier["budget"] == 0.5, "csr"].max() < 0.95  # out of reach for every method, ...
     assert max(summary[arm, "csr"] for arm, _ in summary.index if arm.endswith("-tenth")) < 0.95
@@ -94,13 +95,15 @@ def test_what_readme_says_of_the_study_is_so():
     sweep = pd.read_csv(folder / "strength.csv").query("method == 'gkd-grpo' and measure == 'accuracy_within'")
     assert sweep.sort_values("lam")["mean"].is_monotonic_increasing
     differences = pd.read_csv(folder / "ablations.csv").query("measure == 'accuracy_within'").set_index("arm")
-    assert differences.loc["gkd-few-prompts", "difference"] == pytest.approx(-0.1, abs=0.02)  # some ten points
+    assert differences.loc["gkd-few-prompts", "difference"] == pytest.approx(-0.18, abs=0.01)  # points
+    for arm in ("grpo-few-prompts", "cmdp-few-prompts"):
+        assert differences.loc[arm, "low"] < 0 < differences.loc[arm, "high"]
     ours = summary.xs("accuracy_within", level="measure")
     assert ours["trl-gkd"] == max(value for arm, value in ours.items() if arm != "teacher")
     assert abs(ours["cmdp"] - ours["sft"]) < 0.02  # about where it began
     trials = pd.read_csv(ROOT / "results" / "tuning.csv").query("run == 'cmdp' and lam == 0.3")
     assert trials.sort_values("learning_rate")["csr"].is_monotonic_decreasing
-    assert differences.loc["cmdp-single-step", "low"] > 0
+    assert differences.loc["cmdp-single-step", "difference"] > 0
     assert differences.loc["gkd-grpo-both-parts", "high"] < 0
 
 

@@ -115,7 +115,8 @@ def paired(results: Path) -> plt.Figure:
 def sensitivity(results: Path) -> plt.Figure:
     """What each method makes of its lambda: right and within against it, the range that is near the best shaded."""
     table = _read(results, "strength")
-    methods = _ordered(table["method"].unique())
+    strengths = table.groupby("method")["lam"].nunique()
+    methods = _ordered(strengths[strengths > 1].index)  # one strength has no range
     figure, grid = plt.subplots(
         1, max(1, len(methods)), figsize=(8.4, 3.2), sharey=True, squeeze=False, layout="constrained"
     )
