@@ -153,6 +153,7 @@ def trial(params: dict, arguments: argparse.Namespace) -> None:
     from cmdp.runs import distil
     from cmdp.statistics import with_budget
     from cmdp.tasks import load_task, read_problems
+    from cmdp.tuning import MEASURES
 
     tuning = read_params(Path("tuning/params.yaml"))
     run, name, task = arguments.run, f"{arguments.run}-{arguments.index}", params["task"]["name"]
@@ -175,7 +176,7 @@ def trial(params: dict, arguments: argparse.Namespace) -> None:
         )
         sampled = with_budget(completions, **params["budget"])
         measures = sampled[["correct", "satisfied", "correct_within", "cost"]].mean()
-        measures.index = ["accuracy", "csr", "accuracy_within", "cost"]
+        measures.index = MEASURES
         rows.append({"run": run, "index": arguments.index, "seed": seed, **tried, **measures})
         checkpoints.append(trained.checkpoints)
     write_table(pd.DataFrame(rows), RESULTS / "tuning" / f"{name}.csv")

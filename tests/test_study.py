@@ -303,7 +303,7 @@ def test_how_wide_a_range_works_is_left_open_where_it_cannot_be_told():
 
 def test_harder_problems_count_by_the_part_of_right_answers_that_is_lost():
     assert verdicts(completions(cmdp={"complex": 0.6}, gkd_grpo_strong={"complex": 0.6}))["L1"] == "inconclusive"
-    # fewer points lost, but a larger part of what there was
+    # as many points lost, but a larger part of what there was
     assert (
         verdicts(completions(cmdp={"right": 0.5, "complex": 0.1}, gkd_grpo_strong={"right": 1.0, "complex": 0.6}))["L1"]
         == "replicated"
