@@ -123,15 +123,15 @@ def collect(params: dict, _: argparse.Namespace) -> None:
 def figures(params: dict, arguments: argparse.Namespace) -> None:
     """Draw every figure of the default experiment, of the theory or of the study, from its results files."""
     if arguments.subject == "theory":
-        from cmdp.theory.figures import draw_all
+        from replication.theory.plots import draw_all
 
         draw_all(RESULTS / "theory", FIGURES / "theory")
     elif arguments.subject == "study":
-        from cmdp.study.figures import draw_all
+        from replication.study_plots import draw_all
 
         draw_all(RESULTS / "study", FIGURES / "study")
     else:
-        from cmdp.figures import draw_all
+        from replication.plots import draw_all
 
         draw_all(RESULTS, FIGURES / "default", params)
 
@@ -140,7 +140,7 @@ def theory(params: dict, _: argparse.Namespace) -> None:
     """Check the guarantees on token trees and set the learners against the exact optimum."""
     import torch
 
-    from cmdp.theory.study import run
+    from replication.theory.study import run
 
     torch.set_num_threads(params["threads"])
     with whole(RESULTS / "theory") as folder:
@@ -153,7 +153,7 @@ def trial(params: dict, arguments: argparse.Namespace) -> None:
     from cmdp.runs import distil
     from cmdp.statistics import with_budget
     from cmdp.tasks import load_task, read_problems
-    from cmdp.tuning import MEASURES
+    from replication.tune import MEASURES
 
     tuning = read_params(Path("tuning/params.yaml"))
     run, name, task = arguments.run, f"{arguments.run}-{arguments.index}", params["task"]["name"]
@@ -186,7 +186,7 @@ def trial(params: dict, arguments: argparse.Namespace) -> None:
 
 def arm(params: dict, arguments: argparse.Namespace) -> None:
     """Train and measure one arm of the study, all of its seeds: results/study/arms/NAME.csv."""
-    from cmdp.study.arms import arm as train_and_measure
+    from replication.run import arm as train_and_measure
 
     settings = read_params(STUDY)["arms"][arguments.name]
     params["evaluate"]["greedy"] = False
@@ -201,7 +201,8 @@ def arm(params: dict, arguments: argparse.Namespace) -> None:
 
 def study(params: dict, _: argparse.Namespace) -> None:
     """Compute every table of the study, and the verdicts."""
-    from cmdp.study import arms, claims, tables
+    from replication import claims, tables
+    from replication import run as arms
 
     settings = read_params(STUDY)
     measured = [path for name in settings["arms"] if (path := MODELS / "arms" / f"{name}.csv").is_file()]
@@ -216,7 +217,7 @@ def study(params: dict, _: argparse.Namespace) -> None:
 
 def choose(params: dict, _: argparse.Namespace) -> None:
     """Choose each run's settings from the trials, and write them to tuning/chosen.yaml for the experiment to use."""
-    from cmdp import tuning
+    from replication import tune as tuning
 
     trials = tuning.read_trials(RESULTS / "tuning")
     best = tuning.choose(trials)
@@ -234,7 +235,7 @@ def choose(params: dict, _: argparse.Namespace) -> None:
 
 def report(params: dict, _: argparse.Namespace) -> None:
     """Write the generated tables of README.md, the verdicts among them."""
-    from cmdp.report import readme
+    from replication.readme import readme
 
     path = Path("README.md")
     write_text(readme(path.read_text(encoding="utf-8"), RESULTS, params), path)
@@ -242,7 +243,7 @@ def report(params: dict, _: argparse.Namespace) -> None:
 
 def benchmark(params: dict, _: argparse.Namespace) -> None:
     """Time a training step next to TRL's own trainers."""
-    from cmdp.benchmark import benchmark as measure
+    from replication.benchmark import benchmark as measure
 
     for name, sizes in params["benchmark"].items():
         print(measure(sizes, RESULTS / "benchmark" / f"{name}.csv").to_string())

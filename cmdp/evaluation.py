@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from cmdp.budget import cumulative_cost, trajectory_budget
 from cmdp.divergence import divergence_from_hidden, lm_head
-from cmdp.reward import modified_reward
+from cmdp.reward import cumulative_cost, modified_reward, trajectory_budget
 
 # Quantiles over trajectories that the table of cumulative costs keeps at each position
 QUANTILES = (0.1, 0.5, 0.9)

@@ -25,8 +25,8 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from cmdp import budget as budgets
 from cmdp import divergence as divergences
+from cmdp import reward as budgets
 from cmdp.divergence import EXACT, SAMPLED, Head, divergence_from_hidden, lm_head, sampled_divergence
 from cmdp.reward import CREDITS, FORMS, group_advantages, modified_reward, token_advantages
 

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from cmdp.benchmark import PHASES, _trainers, benchmark
+from replication.benchmark import PHASES, _trainers, benchmark
 
 TINY = {
     "student": {"layers": 1, "hidden": 16, "heads": 2},

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmdp.budget import (
+from cmdp.reward import (
     FORMS,
     check_budget,
     cumulative_cost,

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from cmdp import cli
-from cmdp.study.arms import COLUMNS
 from cmdp.tasks import arithmetic
+from replication.run import COLUMNS
 
 ROOT = Path(__file__).parents[1]
 PARAMS = {

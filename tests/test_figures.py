@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cmdp import figures
 from cmdp.statistics import summarise
 from cmdp.storage import write_table
+from replication import plots as figures
 
 RUNS = ("sft", "grpo", "gkd-grpo-weak", "cmdp-hinge")
 PARAMS = {"methods": RUNS, "seeds": [0, 1], "budget": {"budget": 1.0}}

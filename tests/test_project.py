@@ -9,12 +9,14 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from cmdp import cli, report, tuning
+from cmdp import cli
 from cmdp.methods import METHODS, method_of
 from cmdp.statistics import with_budget
 from cmdp.storage import write_json
-from cmdp.study.tables import difference
-from cmdp.theory.tables import sampled_learners
+from replication import readme as report
+from replication import tune as tuning
+from replication.tables import difference
+from replication.theory.tables import sampled_learners
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,8 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmdp.budget import cumulative_cost, discount_factors, trajectory_budget
-from cmdp.reward import FORMS, group_advantages, modified_reward, token_advantages
+from cmdp.reward import (
+    FORMS,
+    cumulative_cost,
+    discount_factors,
+    group_advantages,
+    modified_reward,
+    token_advantages,
+    trajectory_budget,
+)
 
 SEEDS = st.integers(0, 2**31 - 1)
 SIZES = st.floats(0, 5)

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from cmdp.storage import write_table
-from cmdp.study import arms, claims, tables
-from cmdp.study.arms import COLUMNS
+from replication import claims, tables
+from replication import run as arms
+from replication.run import COLUMNS
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {"comparisons": 11, "tolerance": 0.02, "alike": 0.05, "target": 0.95, "near": 0.05}

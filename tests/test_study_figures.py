@@ -10,9 +10,11 @@ import pytest
 import yaml
 from matplotlib import pyplot as plt
 
-from cmdp.figures import family
 from cmdp.storage import write_table
-from cmdp.study import arms, figures, tables
+from replication import run as arms
+from replication import study_plots as figures
+from replication import tables
+from replication.plots import family
 
 ROOT = Path(__file__).parents[1]
 ARMS = yaml.safe_load((ROOT / "study" / "params.yaml").read_text())["arms"]

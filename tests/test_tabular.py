@@ -9,9 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmdp.budget import trajectory_budget
 from cmdp.divergence import divergence_from_logits
-from cmdp.tabular import (
+from cmdp.reward import trajectory_budget
+from replication.theory import FORMS, STRENGTH
+from replication.theory.crossings import over
+from replication.theory.guarantees import two_tokens, without_budget
+from replication.theory.learners import learn, see_budget
+from replication.theory.tabular import (
     Trees,
     budgeted_policy,
     budgeted_values,
@@ -26,10 +30,6 @@ from cmdp.tabular import (
     soft_values,
     tilt,
 )
-from cmdp.theory import FORMS, STRENGTH
-from cmdp.theory.crossings import over
-from cmdp.theory.guarantees import two_tokens, without_budget
-from cmdp.theory.learners import learn, see_budget
 
 SEEDS = st.integers(0, 2**31 - 1)
 

@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 import torch
 
-from cmdp.tabular import budgeted_values, outcome
-from cmdp.theory import OURS, STRENGTH, figures, tables
-from cmdp.theory.contest import against_optimum, trials
-from cmdp.theory.optimum import best_soft
-from cmdp.theory.study import run
-from cmdp.theory.trees import budget_grid, constant, held_out_trees, make_trees
+from replication.theory import OURS, STRENGTH, figures, tables
+from replication.theory.contest import against_optimum, trials
+from replication.theory.optimum import best_soft
+from replication.theory.study import run
+from replication.theory.tabular import budgeted_values, outcome
+from replication.theory.trees import budget_grid, constant, held_out_trees, make_trees
 
 TINY = {
     "seed": 0,
@@ -184,5 +184,5 @@ def test_the_notebook_s_tables_are_of_the_files(results):
 
 
 def test_names_tables_and_figures_need_no_torch():
-    code = "import sys; import cmdp.theory.figures, cmdp.theory.tables, cmdp.report; sys.exit('torch' in sys.modules)"
+    code = "import sys; import replication.theory.plots, replication.theory.tables, replication.readme; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

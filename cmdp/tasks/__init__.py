@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from types import ModuleType
 
-NAMES = ("arithmetic", "gsm", "math")
+NAMES = ("arithmetic", "gsm", "competition_math")
 
 
 def load_task(name: str) -> ModuleType:

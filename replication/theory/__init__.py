@@ -1,6 +1,6 @@
 """What can be said of the method exactly, on token trees (method, sections 2 to 7); `cmdp theory` runs it all.
 
-`trees` draws the random problems of `cmdp.tabular`. `optimum`, `guarantees`, `crossings` and `contest`, in which the
+`trees` draws the random problems of `replication.theory.tabular`. `optimum`, `guarantees`, `crossings` and `contest`, in which the
 policy gradients of `learners` meet the exact optimum, each return tables; `study` writes and summarises them. `figures`
 and `tables` read those files, without torch, as does whatever else needs the names below.
 """

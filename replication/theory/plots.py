@@ -11,9 +11,9 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.ticker import PercentFormatter
 
-from cmdp.figures import PALETTE, save
 from cmdp.storage import whole
-from cmdp.theory import OURS
+from replication.plots import PALETTE, save
+from replication.theory import OURS
 
 BLUE, ORANGE, GREEN, RED, GREY = *PALETTE[:4], (0.45, 0.45, 0.45)
 

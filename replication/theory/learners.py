@@ -10,11 +10,10 @@ budget, strength and learning rate, so that a whole sweep trains at once.
 import torch
 from torch import Tensor
 
-from cmdp.budget import cumulative_cost
 from cmdp.divergence import divergence_from_logits, sampled_divergence
-from cmdp.reward import ModifiedReward, group_advantages, modified_reward
-from cmdp.tabular import Trees, sequences
-from cmdp.theory import STRENGTH
+from cmdp.reward import ModifiedReward, cumulative_cost, group_advantages, modified_reward
+from replication.theory import STRENGTH
+from replication.theory.tabular import Trees, sequences
 
 
 def signal(
@@ -102,7 +101,7 @@ def learn(
 
     Args:
         start: the students' logits before distillation, (N, S, V).
-        budget: d; strength: of the kind that `cmdp.theory.STRENGTH` names; learning_rate: Adam's, falling linearly to
+        budget: d; strength: of the kind that `replication.theory.STRENGTH` names; learning_rate: Adam's, falling linearly to
             0 for every method; each (N,).
         samples: G sequences a row and step; 0 for the exact gradient.
         margin: methods named so aim at (1 - margin) d.

@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 
 from cmdp.statistics import MANY_RESAMPLES, bootstrap, bounds, cells, interval, with_budget
-from cmdp.study.tables import difference, ranges, wins
 from cmdp.tasks import load_task
+from replication.tables import difference, ranges, wins
 
 YES, NO, OPEN, UNTESTED = "replicated", "not replicated", "inconclusive", "not tested at this scale"
 WEAKEST_FIRST = (NO, OPEN, YES)

@@ -12,7 +12,7 @@ import pandas as pd
 
 from cmdp.statistics import FEW_RESAMPLES, MANY_RESAMPLES, RESAMPLES, bootstrap, bounds, cells, interval, with_budget
 from cmdp.storage import write_table
-from cmdp.tuning import CRITERION, SETTINGS
+from replication.tune import CRITERION, SETTINGS
 
 # Methods that know no budget: one run of theirs stands at every budget of the frontier.
 BLIND = ("sft", "grpo", "gkd", "gkd-grpo", "minillm", "kdrl", "worst-case", "trl-grpo", "trl-gkd")

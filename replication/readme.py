@@ -8,10 +8,10 @@ import pandas as pd
 from cmdp.collect import gather
 from cmdp.statistics import with_budget
 from cmdp.storage import read_yaml
-from cmdp.study.tables import difference
-from cmdp.theory import OURS
-from cmdp.theory.tables import percent, sampled_learners
-from cmdp.tuning import best
+from replication.tables import difference
+from replication.theory import OURS
+from replication.theory.tables import percent, sampled_learners
+from replication.tune import best
 
 COLUMNS = {
     "accuracy": "right answers (%)",

@@ -7,7 +7,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from cmdp.tabular import (
+from replication.theory.tabular import (
     Trees,
     budgeted_policy,
     budgeted_values,
@@ -18,7 +18,7 @@ from cmdp.tabular import (
     soft_optimum,
     take,
 )
-from cmdp.theory.trees import budget_grid, constant, held_out_trees, make_trees
+from replication.theory.trees import budget_grid, constant, held_out_trees, make_trees
 
 
 def penalty_bound(parameters: dict) -> dict[str, pd.DataFrame]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from cmdp.theory import OURS
+from replication.theory import OURS
 
 MEASURES = {"of_optimum": "reward / optimum", "csr": "CSR"}
 

@@ -1,6 +1,6 @@
 """The theory study: what of section 4 holds, the exact optimum, and every learner against it (method, sections 2 to 7).
 
-`run(parameters, folder)` writes small result files; `cmdp.theory.figures` and `cmdp.theory.tables` read them, and
+`run(parameters, folder)` writes small result files; `replication.theory.plots` and `replication.theory.tables` read them, and
 `notebooks/01_theory.ipynb` tells the story. The same parameters give the same bytes, but for `timing.csv`.
 """
 
@@ -9,11 +9,11 @@ from pathlib import Path
 import pandas as pd
 
 from cmdp.storage import write_json, write_table
-from cmdp.theory import FORMS
-from cmdp.theory.contest import against_optimum, contest
-from cmdp.theory.crossings import gradient, jump
-from cmdp.theory.guarantees import augmentation, exact_penalty, penalty_bound
-from cmdp.theory.optimum import example, optimum, refinement, timing
+from replication.theory import FORMS
+from replication.theory.contest import against_optimum, contest
+from replication.theory.crossings import gradient, jump
+from replication.theory.guarantees import augmentation, exact_penalty, penalty_bound
+from replication.theory.optimum import example, optimum, refinement, timing
 
 STUDIES = (optimum, refinement, timing, example, penalty_bound, augmentation, exact_penalty, gradient, jump, contest)
 

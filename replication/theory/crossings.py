@@ -6,9 +6,9 @@ import torch
 from scipy.integrate import cumulative_trapezoid
 from torch import Tensor
 
-from cmdp.tabular import Trees, modified_gradient, modified_objective, repeat, sequences, soft_optimum
-from cmdp.theory import FORMS
-from cmdp.theory.trees import constant, generator, make_trees
+from replication.theory import FORMS
+from replication.theory.tabular import Trees, modified_gradient, modified_objective, repeat, sequences, soft_optimum
+from replication.theory.trees import constant, generator, make_trees
 
 
 def gradient(parameters: dict) -> dict[str, pd.DataFrame]:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from cmdp.statistics import bootstrap
-from cmdp.tabular import Trees, outcome, repeat
-from cmdp.theory import STRENGTH
-from cmdp.theory.learners import learn
-from cmdp.theory.trees import generator, held_out_trees, make_trees
+from replication.theory import STRENGTH
+from replication.theory.learners import learn
+from replication.theory.tabular import Trees, outcome, repeat
+from replication.theory.trees import generator, held_out_trees, make_trees
 
 
 def trials(parameters: dict, method: str) -> list[tuple[float, float]]:

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmdp.tabular import Trees, enumerate_paths, random_trees
+from replication.theory.tabular import Trees, enumerate_paths, random_trees
 
 
 def make_trees(parameters: dict, number: int, stream: int, shape: tuple[int, int, bool] | None = None) -> Trees:

@@ -13,8 +13,8 @@ import seaborn as sns
 from matplotlib import pyplot as plt
 from matplotlib.ticker import PercentFormatter
 
-from cmdp.figures import FAMILIES, MARKERS, family, save, style
 from cmdp.storage import whole
+from replication.plots import FAMILIES, MARKERS, family, save, style
 
 TARGET = 0.95  # of the CSR
 SOFT = "gkd-grpo"

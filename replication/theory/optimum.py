@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from cmdp.divergence import divergence_from_logits
-from cmdp.tabular import (
+from replication.theory.tabular import (
     Trees,
     budgeted_policy,
     budgeted_values,
@@ -18,7 +18,7 @@ from cmdp.tabular import (
     soft_optimum,
     soft_values,
 )
-from cmdp.theory.trees import budget_grid, constant, held_out_trees, make_trees
+from replication.theory.trees import budget_grid, constant, held_out_trees, make_trees
 
 
 def optimum(parameters: dict) -> dict[str, pd.DataFrame]:
