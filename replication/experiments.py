@@ -1,0 +1,81 @@
+"""The table of runs (experiments.yaml), the settings they share (params.yaml), and the completions they left.
+
+Imports no torch: tables, claims, figures and README are made from results files alone.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from cmdp.storage import read_yaml
+
+EXPERIMENTS, PARAMS = Path("experiments.yaml"), Path("params.yaml")
+RESULTS, FIGURES, MODELS = Path("results"), Path("figures"), Path("models")
+START, CHOSEN = RESULTS / "start", RESULTS / "chosen.yaml"
+# What a run of the study keeps of each completion; a default run keeps every column of `evaluation`.
+COLUMNS = ["seed", "split", "prompt", "correct", "valid", "tokens", "entropy", "cost", "peak", "confidence", "style"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run: a method with settings of its own, from one start, over some seeds."""
+
+    key: str
+    method: str
+    seeds: list[int]
+    part: str = "study"
+    family: str = "method"
+    start: str = "student"
+    name: str = ""  # runs of one name are pooled over seeds; the key unless given
+    tuned: str = ""  # the entry of results/chosen.yaml it starts from; the name unless given
+    settings: dict = field(default_factory=dict)
+
+    def folder(self, root: Path = RESULTS / "runs") -> Path:
+        """Where its results lie."""
+        return root / self.part / self.key
+
+
+def rows(path: Path = EXPERIMENTS, part: str | None = None) -> dict[str, Row]:
+    """The runs by key, those of `part` alone if given.
+
+    Raises:
+        ValueError: a field no row has, or two rows train one name with one seed.
+    """
+    found = {}
+    for key, fields in read_yaml(path)["runs"].items():
+        if unknown := sorted(set(fields) - set(Row.__dataclass_fields__)):
+            raise ValueError(f"{path}: run {key} has unknown fields {unknown}: use {sorted(Row.__dataclass_fields__)}.")
+        name = fields.get("name", key)
+        found[key] = Row(**fields | {"key": key, "name": name, "tuned": fields.get("tuned", name)})
+    seen: dict[tuple[str, int], str] = {}
+    for row in found.values():
+        for seed in row.seeds:
+            if other := seen.get((row.name, seed)):
+                raise ValueError(f"{path}: runs {other} and {row.key} both train {row.name} with seed {seed}.")
+            seen[row.name, seed] = row.key
+    return {key: row for key, row in found.items() if part in (None, row.part)}
+
+
+def row(key: str, path: Path = EXPERIMENTS) -> Row:
+    """The run `key`. Raises `ValueError` if the table has none."""
+    table = rows(path)
+    if key not in table:
+        raise ValueError(f"{path} has no run {key!r}. It has: {', '.join(table)}.")
+    return table[key]
+
+
+def gather(table: str, runs: dict[str, Row], root: Path = RESULTS / "runs") -> pd.DataFrame:
+    """One table (`completions`, `times`, `positions`, `training`) of all `runs`, with the run's name as column `run`.
+
+    Raises:
+        FileNotFoundError: a run has not been made.
+    """
+    tables = []
+    for row in runs.values():
+        path = row.folder(root) / f"{table}.csv"
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no {path}: run `dvc repro run@{row.key}` first.")
+        tables.append(pd.read_csv(path, keep_default_na=table != "completions").assign(run=row.name))
+    gathered = pd.concat([table for table in tables if len(table)], ignore_index=True)
+    return gathered[["run", *gathered.columns.drop("run")]]
