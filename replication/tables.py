@@ -1,7 +1,8 @@
-"""What the arms say together: every table of the study, from the arms' completions.
+"""Every table computed from completions, of the default experiment (`write_default`) and the study (`write_study`).
 
 Means come with 95 % bootstrap intervals over seeds and prompts. Differences are paired over both, on the seeds that two
-arms share; their 5 % is shared by all arms that one table sets against one rival in one measure (Bonferroni).
+runs share; their 5 % is shared by all runs that one table compares with one baseline on one measure (Bonferroni).
+Reads results files alone, and imports no torch.
 """
 
 from collections.abc import Callable
@@ -10,12 +11,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cmdp.statistics import FEW_RESAMPLES, MANY_RESAMPLES, RESAMPLES, bootstrap, bounds, cells, interval, with_budget
-from cmdp.storage import write_table
+from cmdp.statistics import MANY_RESAMPLES, RESAMPLES, bootstrap, bounds, cells, interval, summarise, with_budget
+from cmdp.storage import provenance, read_yaml, write_json, write_table
+from replication.experiments import EXPERIMENTS, PARAMS, RESULTS, Row, gather, rows
 from replication.tune import CRITERION, SETTINGS
 
-# Methods that know no budget: one run of theirs stands at every budget of the frontier.
-BLIND = ("sft", "grpo", "gkd", "gkd-grpo", "minillm", "kdrl", "worst-case", "trl-grpo", "trl-gkd")
+# Methods whose training no trajectory budget enters: one run of theirs serves every budget of the frontier.
+BUDGET_FREE = {"sft", "grpo", "gkd", "gkd-grpo", "minillm", "kdrl", "worst-case", "trl-grpo", "trl-gkd"}
+SWEPT = ("gkd-grpo", "cmdp", "cmdp-hinge")  # methods whose lambda is tuned, and varied in the study
+ABLATED = {"saute-constant": "cmdp"}  # a method that is an ablation of another: cmdp without Phi
 MEASURES = {
     "accuracy": "correct",
     "csr": "satisfied",
@@ -27,24 +31,84 @@ MEASURES = {
     "tokens": "tokens",
     "lucky": "lucky",
 }
+COMPARED = ("accuracy", "csr", "accuracy_within", "validity")
 LONGER = {"longer_accuracy": "correct", "longer_csr": "satisfied", "longer_validity": "valid"}
+FEW_RESAMPLES = 200  # of statistics that are no means and take long
 SHARES_OF_BUDGET = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, np.inf)
 
 
-def about_arm(arm: str, arms: dict) -> dict:
-    """What study/params.yaml says of an arm; a run that it does not name is a method from the usual student."""
-    return arms.get(arm, {"family": "method", "run": arm, "start": "student"})
+def write_default(results: Path = RESULTS) -> None:
+    """Gather the default runs: summary, metrics, training curves, cost by position, times, provenance."""
+    runs, folder = rows(part="default"), results / "runs"
+    completions = gather("completions", runs, folder)
+    summary = summarise(completions[completions["split"] == "test"], **read_yaml(PARAMS)["budget"])
+    nested = {
+        run: {row.measure: round(row.mean, 4) for row in group.itertuples()}
+        for run, group in summary.groupby("run", sort=False)
+    }
+    times = gather("times", runs, folder)
+    phases = times.groupby("run", sort=False)[list(times.filter(like="time/"))].median().dropna(how="all")
+    write_table(summary, results / "summary.csv")
+    write_json(nested, results / "metrics.json")
+    write_table(gather("training", runs, folder), results / "curves.csv")
+    write_table(gather("positions", runs, folder), results / "positions.csv")
+    write_table(phases.reset_index(), results / "timing.csv")
+    write_json(provenance(), results / "provenance.json")
 
 
-def summary(completions: pd.DataFrame, arms: dict, budget: float) -> pd.DataFrame:
-    """A row an arm and measure. The CSR is that at the default budget, or at an arm's own where it asks for another."""
-    teacher = completions[(completions["arm"] == "teacher") & (completions["split"] == "test")]
+def write_study(results: Path = RESULTS) -> None:
+    """Every table of the study but the verdicts (`claims.write_claims`)."""
+    settings, chosen = read_yaml(EXPERIMENTS), read_yaml(results / "chosen.yaml")
+    budget, near = read_yaml(PARAMS)["budget"]["budget"], settings["claims"]["near"]
+    runs, completions = by_name(rows()), read_completions(results)
+    trials = read_trials(results, settings["tuning"]["trials"])
+    names = [name for name, row in runs.items() if row.family == "method"]
+    baselines = [chosen["best"]["soft"], "grpo", "gkd", "minillm"]
+    means = summary(completions, runs, budget)
+    tables = {
+        "summary": means,
+        "frontier": frontier(completions, runs, budget),
+        "paired": paired(completions, baselines, names, budget),
+        "ablations": ablations(completions, runs, budget),
+        "wins": wins(completions, baselines, names),
+        "strength": strength(means, runs, chosen["runs"], near),
+        "ranges": ranges(trials, near),
+        "violation": violation(completions, [name for name in names if runs[name].start != "teacher"], budget),
+        "timing": timing(gather("times", rows(), results / "runs"), runs),
+    }
+    for name, table in tables.items():
+        write_table(table, results / "study" / f"{name}.csv")
+
+
+def by_name(table: dict[str, Row]) -> dict[str, Row]:
+    """The runs by name: the first of those pooled under one name."""
+    named: dict[str, Row] = {}
+    for row in table.values():
+        named.setdefault(row.name, row)
+    return named
+
+
+def read_completions(results: Path = RESULTS) -> pd.DataFrame:
+    """Every sampled completion of the default runs and of the study, with its `run`."""
+    completions = gather("completions", rows(), results / "runs")
+    return completions[completions["decoding"] != "greedy"]
+
+
+def read_trials(results: Path, tuned: dict[str, dict]) -> pd.DataFrame:
+    """The trials of tuning with the `method` that each run of `tuned` (experiments.yaml) trains."""
+    trials = pd.read_csv(results / "tuning" / "trials.csv")
+    return trials.assign(method=[tuned[run]["method"] for run in trials["run"]])
+
+
+def summary(completions: pd.DataFrame, runs: dict[str, Row], budget: float) -> pd.DataFrame:
+    """One row per run and measure. The CSR is at the default budget, or at the run's own where it varies the budget."""
+    teacher = completions[(completions["run"] == "teacher") & (completions["split"] == "test")]
     words = sorted(set(" ".join(completions["style"].astype(str).unique()).split()))
     reference = phrasings(teacher, words).sum(axis=0)
-    rows = []
-    for arm, group in completions.groupby("arm", sort=False):
-        about = about_arm(arm, arms)
-        limit = about.get("set", {}).get("budget", budget) if about["family"] == "budget" else budget
+    found = []
+    for run, group in completions.groupby("run", sort=False):
+        row = runs[run]
+        limit = row.settings["budget"] if row.family == "budget" else budget
         group = with_budget(group.assign(lucky=group["correct"] * (1 - group["valid"])), limit)
         test, longer = (group[group["split"] == split] for split in ("test", "longer"))
         values = {name: interval(cells(test, column)) for name, column in MEASURES.items()}
@@ -54,37 +118,35 @@ def summary(completions: pd.DataFrame, arms: dict, budget: float) -> pd.DataFram
         if len(teacher):
             used = phrasings(test, words)
             values["style_distance"] = _resampled(test, lambda _, w, used=used: total_variation(w @ used, reference))
-        seeds = group["seed"].nunique()
-        own = (arm, about["family"], about["run"], about["start"], limit)
-        rows += [(*own, name, *value, seeds) for name, value in values.items()]
-    columns = ["arm", "family", "run", "start", "budget", "measure", "mean", "low", "high", "seeds"]
-    return pd.DataFrame(rows, columns=columns)
+        about, seeds = (run, row.family, row.tuned, row.start, limit), group["seed"].nunique()
+        found += [(*about, name, *value, seeds) for name, value in values.items()]
+    columns = ["run", "family", "tuned", "start", "budget", "measure", "mean", "low", "high", "seeds"]
+    return pd.DataFrame(found, columns=columns)
 
 
-def frontier(completions: pd.DataFrame, arms: dict, budget: float) -> pd.DataFrame:
-    """Accuracy and CSR of each method at each budget that some arm was trained for. A method that knows no budget
-    stands at all of them, another at those that it was trained for (`trained_at`)."""
-    tests = completions[completions["split"] == "test"]
-    own = {arm: arms[arm]["set"]["budget"] for arm in arms if arms[arm]["family"] == "budget"}
-    rows = []
-    for arm, group in tests.groupby("arm", sort=False):
-        about = about_arm(arm, arms)
-        if about["family"] not in ("method", "budget") or about["start"] != "student":
+def frontier(completions: pd.DataFrame, runs: dict[str, Row], budget: float) -> pd.DataFrame:
+    """Accuracy and CSR of each method at each budget some run was trained for. A method that knows no budget stands at
+    all of them, another at those it was trained for (`trained_at`)."""
+    own = {name: row.settings["budget"] for name, row in runs.items() if row.family == "budget"}
+    found = []
+    for run, group in completions[completions["split"] == "test"].groupby("run", sort=False):
+        row = runs[run]
+        if row.family not in ("method", "budget") or row.start != "student":
             continue
-        blind = arm.startswith(BLIND) and about["family"] == "method"
-        for limit in sorted({budget, *own.values()}) if blind else [own.get(arm, budget)]:
+        free = row.method in BUDGET_FREE
+        for limit in sorted({budget, *own.values()}) if free else [own.get(run, budget)]:
             table = with_budget(group, limit)
             values = [interval(cells(table, column)) for column in ("correct", "satisfied", "correct_within")]
             flat = [number for value in values for number in value]
-            rows.append((about["run"], limit, None if blind else limit, *flat, group["seed"].nunique()))
+            found.append((row.tuned, limit, None if free else limit, *flat, group["seed"].nunique()))
     measures = [f"{name}{end}" for name in ("accuracy", "csr", "within") for end in ("", "_low", "_high")]
-    return pd.DataFrame(rows, columns=["method", "budget", "trained_at", *measures, "seeds"])
+    return pd.DataFrame(found, columns=["method", "budget", "trained_at", *measures, "seeds"])
 
 
 def difference(
     ours: pd.DataFrame, theirs: pd.DataFrame, column: str, level: float = 0.95, resamples: int = RESAMPLES
-) -> tuple:
-    """(mean, low, high) of ours minus theirs, paired over prompts and the seeds that both have; and their number."""
+) -> tuple[float, float, float, int]:
+    """(mean, low, high, seeds) of ours minus theirs, paired over prompts and the seeds that both have."""
     seeds = sorted(set(ours["seed"]) & set(theirs["seed"]))
     ours, theirs = (cells(table[table["seed"].isin(seeds)], column) for table in (ours, theirs))
     drawn = bootstrap(ours, resamples=resamples) - bootstrap(theirs, resamples=resamples)
@@ -92,61 +154,62 @@ def difference(
 
 
 def paired(
-    completions: pd.DataFrame, rivals: list[str], names: list[str], budget: float, comparisons: int | None = None
+    completions: pd.DataFrame, baselines: list[str], names: list[str], budget: float, comparisons: int | None = None
 ) -> pd.DataFrame:
-    """Every arm of `names` minus every one of `rivals`, measure by measure: intervals for as many `comparisons`, by
-    default one for each of `names`."""
+    """Every run of `names` minus every one of `baselines`, measure by measure, where both were run.
+
+    Args:
+        budget: in nats per trajectory.
+        comparisons: how many share the 5 %; by default one for each of `names`.
+    """
     level = 1 - 0.05 / (comparisons or len(names))
     tests = with_budget(completions[completions["split"] == "test"], budget)
-    by_arm, rows = dict(list(tests.groupby("arm"))), []
-    for arm in (name for name in names if name in by_arm):
-        for rival in (name for name in rivals if name in by_arm and name != arm):
-            for measure in ("accuracy", "csr", "accuracy_within", "validity"):
-                found = difference(by_arm[arm], by_arm[rival], MEASURES[measure], level, MANY_RESAMPLES)
-                rows.append((arm, rival, measure, *found))
-    return pd.DataFrame(rows, columns=["arm", "rival", "measure", "difference", "low", "high", "seeds"])
+    by_run, found = dict(list(tests.groupby("run"))), []
+    for run, baseline in _pairs(names, baselines, by_run):
+        for measure in COMPARED:
+            values = difference(by_run[run], by_run[baseline], MEASURES[measure], level, MANY_RESAMPLES)
+            found.append((run, baseline, measure, *values))
+    return pd.DataFrame(found, columns=["run", "baseline", "measure", "difference", "low", "high", "seeds"])
 
 
-def ablations(completions: pd.DataFrame, arms: dict, budget: float) -> pd.DataFrame:
-    """Every ablation minus the method that it changes, in the columns of `paired`. `cmdp` without Phi is a method of
-    its own, `saute-constant`."""
-    changed = {"saute-constant": "cmdp"} | {arm: arms[arm]["run"] for arm in arms if arms[arm]["family"] == "ablation"}
-    tables = [paired(completions, [run], [arm], budget, len(changed)) for arm, run in changed.items()]
+def ablations(completions: pd.DataFrame, runs: dict[str, Row], budget: float) -> pd.DataFrame:
+    """Every ablation minus the run it changes, in the columns of `paired`."""
+    changed = ABLATED | {name: row.tuned for name, row in runs.items() if row.family == "ablation"}
+    tables = [paired(completions, [of], [run], budget, len(changed)) for run, of in changed.items()]
     return pd.concat(tables, ignore_index=True)
 
 
 def wins(
-    completions: pd.DataFrame, rivals: list[str], names: list[str], level: float = 0.95, resamples: int = RESAMPLES
+    completions: pd.DataFrame, baselines: list[str], names: list[str], level: float = 0.95, resamples: int = RESAMPLES
 ) -> pd.DataFrame:
-    """Reasoning win rate, judged by program: of two derivations of one problem the valid one wins; where both are or
-    neither is, a tie counts half. A program's verdict does not depend on the order."""
+    """Reasoning win rate, judged by program: of two derivations of one problem the valid one wins; where both or
+    neither are, a tie counts half. The order of the two does not enter."""
     tests = completions[completions["split"] == "test"]
-    tests = tests.assign(sample=tests.groupby(["arm", "seed", "prompt"]).cumcount())
-    by_arm, rows = dict(list(tests.groupby("arm"))), []
-    for arm in (name for name in names if name in by_arm):
-        for rival in (name for name in rivals if name in by_arm and name != arm):
-            pairs = by_arm[arm].merge(by_arm[rival], on=["seed", "prompt", "sample"], suffixes=("", "_rival"))
-            score = 0.5 + 0.5 * (pairs["valid"] - pairs["valid_rival"])
-            won = cells(pairs.assign(score=score), "score")
-            rate = interval(won, level=level, resamples=resamples)
-            rows.append((arm, rival, *rate, float((score == 0.5).mean()), pairs["seed"].nunique()))
-    return pd.DataFrame(rows, columns=["arm", "rival", "win_rate", "low", "high", "ties", "seeds"])
+    tests = tests.assign(sample=tests.groupby(["run", "seed", "prompt"]).cumcount())
+    by_run, found = dict(list(tests.groupby("run"))), []
+    for run, baseline in _pairs(names, baselines, by_run):
+        pairs = by_run[run].merge(by_run[baseline], on=["seed", "prompt", "sample"], suffixes=("", "_baseline"))
+        score = 0.5 + 0.5 * (pairs["valid"] - pairs["valid_baseline"])
+        rate = interval(cells(pairs.assign(score=score), "score"), level=level, resamples=resamples)
+        found.append((run, baseline, *rate, float((score == 0.5).mean()), pairs["seed"].nunique()))
+    return pd.DataFrame(found, columns=["run", "baseline", "win_rate", "low", "high", "ties", "seeds"])
 
 
-def strength(summary: pd.DataFrame, arms: dict, tuned: dict, near: float) -> pd.DataFrame:
-    """The measures of each method against its lambda, and whether accuracy within the budget is within `near` of the
-    method's best."""
-    rows = []
-    for arm, group in summary.groupby("arm", sort=False):
-        about = about_arm(arm, arms)
-        method = next((name for name in ("gkd-grpo", "cmdp-hinge", "cmdp") if about["run"].startswith(name)), None)
-        exact = about["run"] == method or method == "gkd-grpo"
-        if method is None or not exact or about["family"] not in ("method", "strength"):
+def strength(summary: pd.DataFrame, runs: dict[str, Row], chosen: dict[str, dict], near: float) -> pd.DataFrame:
+    """Each method's measures by lambda, and whether accuracy within the budget is within `near` of its best.
+
+    Args:
+        chosen: the settings tuning chose, by run.
+    """
+    found = []
+    for run, group in summary.groupby("run", sort=False):
+        row = runs[run]
+        if row.method not in SWEPT or row.family not in ("method", "strength"):
             continue
-        lam = about.get("set", {}).get("lam", tuned.get(about["run"], {}).get("lam"))
-        for row in group[group["measure"].isin(["accuracy", "csr", "accuracy_within"])].itertuples():
-            rows.append((method, lam, row.measure, row.mean, row.low, row.high, row.seeds))
-    table = pd.DataFrame(rows, columns=["method", "lam", "measure", "mean", "low", "high", "seeds"])
+        lam = row.settings.get("lam", chosen.get(row.tuned, {}).get("lam"))
+        for entry in group[group["measure"].isin(["accuracy", "csr", "accuracy_within"])].itertuples():
+            found.append((row.method, lam, entry.measure, entry.mean, entry.low, entry.high, entry.seeds))
+    table = pd.DataFrame(found, columns=["method", "lam", "measure", "mean", "low", "high", "seeds"])
     within = table[table["measure"] == "accuracy_within"]
     best = within.groupby("method")["mean"].max()
     good = {(row.method, row.lam) for row in within.itertuples() if row.mean >= (1 - near) * best[row.method]}
@@ -155,55 +218,52 @@ def strength(summary: pd.DataFrame, arms: dict, tuned: dict, near: float) -> pd.
 
 
 def ranges(trials: pd.DataFrame, near: float) -> pd.DataFrame:
-    """What each method makes of each parameter that its trials differ in: the `best` value, the least and greatest of
-    trials within `near` of the best by tuning's criterion, and of all trials; how many are near the best, of how many.
+    """For each method and parameter its trials differ in: the `best` value, the least and greatest of the trials within
+    `near` of the best by tuning's criterion and of all trials, and how many are near the best, of how many.
 
     Args:
-        trials: of tuning. Those of one method's fixed weights are trials of its lambda.
+        trials: as `read_trials` gives them; those of all runs of one method count together.
     """
-    rows = []
-    for method, own in trials.groupby(trials["run"].str.replace("-(weak|medium|strong)$", "", regex=True), sort=False):
+    found = []
+    for method, own in trials.groupby("method", sort=False):
         best = own.loc[own[CRITERION].idxmax()]
         good = own[own[CRITERION] >= (1 - near) * best[CRITERION]]
         for name in [name for name in SETTINGS if name in own and own[name].nunique() > 1]:
             ends = (table[name].agg(end) for table in (good, own) for end in ("min", "max"))
-            rows.append((method, name, best[name], *ends, len(good), len(own)))
+            found.append((method, name, best[name], *ends, len(good), len(own)))
     columns = ["method", "parameter", "best", "low", "high", "tried_low", "tried_high", "near_best", "trials"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(found, columns=columns)
 
 
 def violation(completions: pd.DataFrame, names: list[str], budget: float) -> pd.DataFrame:
-    """Completions by the share of the budget that they spent, C / d: what is right, valid and sure in each bin."""
-    tests = completions[(completions["split"] == "test") & completions["arm"].isin(names)]
-    edges, rows = np.array(SHARES_OF_BUDGET), []
-    for (method, place), group in tests.groupby(
-        ["arm", np.digitize(tests["cost"] / budget, edges[1:], right=True)], sort=False
-    ):
+    """Accuracy, validity, confidence and entropy of completions by the share of the budget they spent, C / d."""
+    tests = completions[(completions["split"] == "test") & completions["run"].isin(names)]
+    edges, found = np.array(SHARES_OF_BUDGET), []
+    bins = np.digitize(tests["cost"] / budget, edges[1:], right=True)
+    for (run, place), group in tests.groupby(["run", bins], sort=False):
         low, high = edges[place], edges[place + 1]
         label = f"over {low:g}" if np.isinf(high) else f"{low:g} to {high:g}"
-        means = group[["correct", "valid", "confidence", "entropy"]].mean()
-        rows.append((method, label, low, high, len(group), *means))
-    columns = ["method", "bin", "low", "high", "count", "accuracy", "validity", "confidence", "entropy"]
-    return pd.DataFrame(rows, columns=columns).sort_values(["method", "low"], ignore_index=True)
+        found.append((run, label, low, high, len(group), *group[["correct", "valid", "confidence", "entropy"]].mean()))
+    columns = ["run", "bin", "low", "high", "count", "accuracy", "validity", "confidence", "entropy"]
+    return pd.DataFrame(found, columns=columns).sort_values(["run", "low"], ignore_index=True)
 
 
-def timing(times: pd.DataFrame) -> pd.DataFrame:
-    """Seconds a training step: median over an arm's seeds, least and greatest, and the ratio to the soft Lagrangian."""
-    seconds = step_seconds(times).where(times["seconds"] > 0)
-    table = seconds.groupby(times["arm"], sort=False).agg(["median", "min", "max"]).dropna().reset_index()
-    table.columns = ["arm", "seconds", "low", "high"]
-    soft = table[table["arm"].isin(["gkd-grpo-weak", "gkd-grpo-medium", "gkd-grpo-strong"])]["seconds"].median()
-    return table.assign(ratio_to_gkd_grpo=table["seconds"] / soft)
+def timing(times: pd.DataFrame, runs: dict[str, Row]) -> pd.DataFrame:
+    """Seconds per training step: median, least and greatest over a run's seeds, and the ratio to the soft Lagrangian.
 
-
-def step_seconds(times: pd.DataFrame) -> pd.Series:
-    """Seconds a step of each row: the sum of its phases' medians, which an interrupted run has too, or, for a trainer
-    that logs no phases, of the whole run."""
-    return times.filter(like="time/").sum(axis=1, min_count=1).fillna(times["seconds"] / times["steps"])
+    A seed's time is the sum of its phases' medians, which an interrupted run has too, or, for a trainer that logs no
+    phases, the mean over the whole run.
+    """
+    seconds = times.filter(like="time/").sum(axis=1, min_count=1).fillna(times["seconds"] / times["steps"])
+    grouped = seconds.where(times["seconds"] > 0).groupby(times["run"], sort=False)
+    table = grouped.agg(["median", "min", "max"]).dropna().reset_index()
+    table.columns = ["run", "seconds", "low", "high"]
+    soft = [name for name, row in runs.items() if row.method == "gkd-grpo" and row.family == "method"]
+    return table.assign(ratio_to_gkd_grpo=table["seconds"] / table[table["run"].isin(soft)]["seconds"].median())
 
 
 def calibration_error(table: pd.DataFrame, weights: np.ndarray, bins: int = 10) -> float:
-    """Expected calibration error: the mean gap between the probability of the answer given and its being right."""
+    """Expected calibration error: the mean gap between the answer's probability and whether it is correct."""
     place = np.minimum((table["confidence"].to_numpy() * bins).astype(int), bins - 1)
     gap = np.bincount(place, weights * (table["confidence"] - table["correct"]).to_numpy(), bins)
     return float(np.abs(gap).sum() / weights.sum())
@@ -216,18 +276,22 @@ def phrasings(table: pd.DataFrame, words: list[str]) -> np.ndarray:
 
 
 def total_variation(p: np.ndarray, q: np.ndarray) -> float:
-    """Between two distributions, given as counts."""
+    """Total variation distance of two distributions, given as counts."""
     return 0.5 * float(np.abs(p / max(p.sum(), 1) - q / max(q.sum(), 1)).sum())
 
 
+def _pairs(names: list[str], baselines: list[str], present: dict) -> list[tuple[str, str]]:
+    return [(a, b) for a in names for b in baselines if a in present and b in present and a != b]
+
+
 def _distinct(table: pd.DataFrame) -> np.ndarray:
-    """In how many ways the completions of a prompt are phrased, from 0, all alike, to 1, none: (seeds, prompts)."""
+    """How varied the completions of a prompt are, from 0 (phrased alike) to 1 (all differently): (seeds, prompts)."""
     styles = table.groupby(["seed", "prompt"])["style"].agg(["nunique", "size"])
     return ((styles["nunique"] - 1) / (styles["size"] - 1).clip(lower=1)).unstack("prompt").to_numpy()
 
 
 def _resampled(table: pd.DataFrame, statistic: Callable[[pd.DataFrame, np.ndarray], float]) -> tuple:
-    """(value, low, high) of a statistic of weighted completions, seeds and prompts drawn anew."""
+    """(value, low, high) of a statistic of weighted completions, with seeds and prompts resampled."""
     rng = np.random.default_rng(0)
     seed, prompt = (pd.factorize(table[column])[0] for column in ("seed", "prompt"))
     draws = []
@@ -235,33 +299,3 @@ def _resampled(table: pd.DataFrame, statistic: Callable[[pd.DataFrame, np.ndarra
         weights = [rng.multinomial(n := codes.max() + 1, np.full(n, 1 / n))[codes] for codes in (seed, prompt)]
         draws.append(statistic(table, (weights[0] * weights[1]).astype(float)))
     return statistic(table, np.ones(len(table))), *bounds(draws)
-
-
-def write_all(
-    completions: pd.DataFrame, times: pd.DataFrame, trials: pd.DataFrame, params: dict, study: dict, folder: Path
-) -> None:
-    """Write every table of the study but the verdicts into `folder`.
-
-    Args:
-        trials: of tuning.
-        params: of the default experiment, with the settings that tuning chose.
-        study: study/params.yaml.
-    """
-    arms, budget = study["arms"], params["budget"]["budget"]
-    names = [name for name in dict.fromkeys(completions["arm"]) if arms.get(name, {}).get("family") == "method"]
-    rivals = [params["best"]["soft"], "grpo", "gkd", "minillm"]
-    means = summary(completions, arms, budget)
-    tables = {
-        "summary": means,
-        "frontier": frontier(completions, arms, budget),
-        "paired": paired(completions, rivals, names, budget),
-        "ablations": ablations(completions, arms, budget),
-        "wins": wins(completions, rivals, names),
-        "strength": strength(means, arms, params["runs"], study["claims"]["near"]),
-        "ranges": ranges(trials, study["claims"]["near"]),
-        "violation": violation(completions, [name for name in names if name != "teacher"], budget),
-        "times": times,
-        "timing": timing(times),
-    }
-    for name, table in tables.items():
-        write_table(table, folder / f"{name}.csv")
