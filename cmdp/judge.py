@@ -1,23 +1,19 @@
-"""Pairwise reasoning win rate, by a judge behind any OpenAI-compatible endpoint (method, section 8).
+"""Pairwise reasoning win rate by an LLM judge behind any OpenAI-compatible endpoint (method, section 8).
 
-Each pair of completions of one problem is judged twice, once in either order, since judges prefer a position; a tie
-counts half. Every reply is kept on disk as it comes, so that an interrupted run goes on where it was and a finished one
-is repeated without a call. The API key is read from JUDGE_API_KEY; it goes to the endpoint and nowhere else.
+Each pair of completions is judged in both orders (position bias); a tie counts half. Every reply is appended to
+replies.jsonl as it arrives: an interrupted run resumes, a finished one repeats without a call. The API key is read from
+JUDGE_API_KEY, sent to the endpoint only, and never written.
 """
 
 import hashlib
-import http.client
 import json
 import os
-import random
 import re
-import urllib.error
-import urllib.parse
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from string import Template
-from threading import Event, Lock
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -27,119 +23,99 @@ from cmdp.statistics import interval
 from cmdp.storage import write_json, write_table
 
 KEY = "JUDGE_API_KEY"
-ATTEMPTS = 6
-BACKOFF, LONGEST = 1.0, 60.0  # seconds before the second attempt, doubled at each; and at most
-TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
-
-_VERDICT = re.compile(r"\[\[\s*(?:solution\s*)?(1|2|tie)\s*\]\]|verdict\W+(?:solution\s*)?(1|2|tie)\b", re.IGNORECASE)
+RETRIES = 5  # by the client, with backoff or Retry-After: refused, reset, timed out, 408, 409, 429, 5xx
+ORDERS = {"a_first": ("completion_a", "completion_b", "1"), "b_first": ("completion_b", "completion_a", "2")}
+_WORD = re.compile(r"\[\[\s*(?:solution\s*)?(1|2|tie)\s*\]\]|verdict\W+(?:solution\s*)?(1|2|tie)\b(?=(\W*$)?)")
 
 
 class Endpoint(NamedTuple):
     """Where the judge is and how it is asked."""
 
-    url: str  # the base, as the clients of OpenAI take it: http://localhost:8000/v1
+    url: str  # base URL, as for OpenAI's clients: http://localhost:8000/v1
     model: str
     options: dict = {"temperature": 0, "max_tokens": 512}  # fields of every request
     timeout: float = 120.0  # seconds
 
 
 def judge(a: pd.DataFrame, b: pd.DataFrame, endpoint: Endpoint, template: str, folder: Path, concurrency: int) -> dict:
-    """Judge the completions of run A against those of run B; how often is A's reasoning the better?
+    """Judge the completions of run A against those of run B, with at most `concurrency` requests at a time.
 
     Args:
-        a, b: completions with `prompt` (the problem's text), `completion` and, optionally, `sample` (its index among
-            the prompt's; without it, their order).
-        template: the judge's prompt (judge_prompt.txt is one), with $problem, $first and $second.
-        folder: where `replies.jsonl` (every reply, as it comes), `verdicts.csv` (a row a pair) and `summary.json` go.
-        concurrency: requests at a time, at most.
+        a, b: completions: `prompt` (the problem's text), `completion` and optionally `sample` (index per prompt).
+        template: the judge's prompt with $problem, $first and $second, as judge_prompt.txt.
+        folder: receives `replies.jsonl`, `verdicts.csv` (one row per pair) and `summary.json`.
 
     Returns:
-        The summary: `win_rate` of A, a mean over prompts with its 95 % bootstrap interval, over the pairs with a
-        verdict in both orders; `agreement`, the share of those whose two verdicts are the same; `first`, the share of
-        decided verdicts for the solution shown first; and the counts that say what was left out.
+        The summary: `win_rate` of A (mean over prompts, 95 % bootstrap interval) over pairs with a verdict in both
+        orders; `agreement`, the share of those with the same verdict twice; `first`, the share of decided verdicts for
+        the solution shown first; counts, also of what was left out.
 
     Raises:
-        ValueError: tables, template or endpoint are not as above, or no pair has a verdict in both orders.
-        ConnectionError: the endpoint refused, or failed at every attempt. What it answered is kept.
+        ValueError: malformed tables, template, endpoint or replies.jsonl; no pair has a verdict in both orders.
+        ConnectionError: the endpoint refused, or failed at every attempt. Earlier replies are kept.
     """
-    missing = [name for name in ("$problem", "$first", "$second") if name not in template]
-    if missing:
-        raise ValueError(f"The judge's prompt lacks {', '.join(missing)}.")
+    if missing := [name for name in ("problem", "first", "second") if name not in Template(template).get_identifiers()]:
+        raise ValueError(f"The judge's prompt lacks ${', $'.join(missing)}.")
     pairs, unpaired = paired(a, b)
-    same = pairs["completion_a"] == pairs["completion_b"]
-    for order, (first, second) in {"a_first": ("a", "b"), "b_first": ("b", "a")}.items():
-        pairs[order] = [
-            Template(template).substitute(problem=problem, first=one, second=other)
-            for problem, one, other in zip(
-                pairs["prompt"], pairs[f"completion_{first}"], pairs[f"completion_{second}"], strict=True
-            )
-        ]
-    prompts = pd.concat([pairs.loc[~same, "a_first"], pairs.loc[~same, "b_first"]]).tolist()
-    replies = ask(endpoint, prompts, folder / "replies.jsonl", concurrency)
-    for order, ours in (("a_first", "1"), ("b_first", "2")):
-        said = [None if alike else verdict(replies[text]) for text, alike in zip(pairs[order], same, strict=True)]
-        # what A earns by this verdict; the same text twice is a tie that needs no judge
-        worth = [None if word is None else 0.5 if word == "tie" else float(word == ours) for word in said]
-        pairs[order] = pd.Series(worth, index=pairs.index, dtype=float).mask(same, 0.5)
-    return _written(pairs, same, unpaired, endpoint, template, folder)
-
-
-def _written(
-    pairs: pd.DataFrame, same: pd.Series, unpaired: int, endpoint: Endpoint, template: str, folder: Path
-) -> dict:
-    """Write the verdicts and their summary; return the summary."""
-    pairs["score"] = pairs[["a_first", "b_first"]].mean(axis=1, skipna=False)
+    same = pairs["completion_a"] == pairs["completion_b"]  # a tie without asking
+    prompts = pairs[[]].copy()
+    for order, (one, other, _) in ORDERS.items():
+        texts = zip(pairs["prompt"], pairs[one], pairs[other], strict=True)
+        prompts[order] = [Template(template).safe_substitute(problem=p, first=x, second=y) for p, x, y in texts]
+    replies = ask(endpoint, prompts[~same].melt()["value"].tolist(), folder / "replies.jsonl", concurrency)
+    for order, (_, _, ours) in ORDERS.items():  # scores of A, missing without a verdict
+        said = prompts[order].map(lambda text: verdict(replies.get(text, "")))
+        pairs[order] = (said == ours).mask(said == "tie", 0.5).astype(float).mask(said.isna()).mask(same, 0.5)
+    pairs["score"] = pairs[[*ORDERS]].mean(axis=1, skipna=False)
     pairs.insert(0, "problem", pairs.groupby("prompt", sort=False).ngroup())
-    write_table(pairs[["problem", "sample", "a_first", "b_first", "score"]], folder / "verdicts.csv")
-    judged = pairs[pairs["score"].notna()]
-    without = int(pairs[["a_first", "b_first"]].isna().sum().sum())
-    if judged.empty:
+    write_table(pairs[["problem", "sample", *ORDERS, "score"]], folder / "verdicts.csv")
+    if pairs["score"].isna().all():
+        without = pairs[[*ORDERS]].isna().sum().sum()
         raise ValueError(f"No pair has a verdict in both orders: {without} replies had none. See {folder}.")
-    mean, low, high = interval(judged.groupby("prompt", sort=False)["score"].mean().to_numpy()[np.newaxis])
-    asked = judged[~same[judged.index]]
-    shown_first = pd.concat([pairs["a_first"], 1 - pairs["b_first"]])[lambda worth: worth.isin([0, 1])]
-    summary = {
-        "win_rate": {"mean": round(mean, 4), "low": round(low, 4), "high": round(high, 4)},
-        "wins": int((judged["score"] > 0.5).sum()),
-        "ties": int((judged["score"] == 0.5).sum()),
-        "losses": int((judged["score"] < 0.5).sum()),
-        "agreement": round(float((asked["a_first"] == asked["b_first"]).mean()), 4) if len(asked) else None,
-        "first": round(float(shown_first.mean()), 4) if len(shown_first) else None,
-        "prompts": int(judged["prompt"].nunique()),
-        "pairs": len(pairs),
-        "pairs_left_out": len(pairs) - len(judged),
-        "replies_without_verdict": without,
-        "identical_pairs": int(same.sum()),
-        "unpaired_completions": unpaired,
-        "model": endpoint.model,
-        "endpoint": endpoint.url,
-        "options": endpoint.options,
-        "prompt_sha256": hashlib.sha256(template.encode()).hexdigest(),
-    }
+    counts = {"identical_pairs": int(same.sum()), "unpaired_completions": unpaired}
+    made_with = endpoint._asdict() | {"prompt_sha256": hashlib.sha256(template.encode()).hexdigest()}
+    summary = _summary(pairs, pairs[~same]) | counts | made_with
     write_json(summary, folder / "summary.json")
     return summary
 
 
+def _summary(pairs: pd.DataFrame, asked: pd.DataFrame) -> dict:
+    """Win rate, agreement and counts of all pairs and of those that the judge was asked about."""
+    judged, asked = pairs.dropna(), asked.dropna()
+    by_prompt = judged.groupby("prompt", sort=False)["score"].mean().to_numpy()[np.newaxis]
+    first = pd.concat([pairs["a_first"], 1 - pairs["b_first"]])[lambda score: score.isin([0, 1])]
+    shares = {"agreement": asked["a_first"] == asked["b_first"], "first": first}
+    return {
+        "win_rate": dict(zip(("mean", "low", "high"), (round(x, 4) for x in interval(by_prompt)), strict=True)),
+        "wins": int((judged["score"] > 0.5).sum()),
+        "ties": int((judged["score"] == 0.5).sum()),
+        "losses": int((judged["score"] < 0.5).sum()),
+        **{name: round(float(share.mean()), 4) if len(share) else None for name, share in shares.items()},
+        "prompts": by_prompt.size,
+        "pairs": len(pairs),
+        "pairs_left_out": len(pairs) - len(judged),
+        "replies_without_verdict": int(pairs[[*ORDERS]].isna().sum().sum()),
+    }
+
+
 def read_completions(path: Path) -> pd.DataFrame:
-    """A table of completions, all text. Raises `FileNotFoundError` or, where a column lacks, `ValueError`."""
+    """A table of completions, all text. Raises `FileNotFoundError`, or `ValueError` for a missing column."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no table of completions at {path}.")
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    missing = [column for column in ("prompt", "completion") if column not in table]
-    if missing:
+    if missing := [column for column in ("prompt", "completion") if column not in table]:
         raise ValueError(f"{path} has no column {' and no column '.join(missing)}: it has {', '.join(table)}.")
     return table
 
 
 def paired(a: pd.DataFrame, b: pd.DataFrame) -> tuple[pd.DataFrame, int]:
-    """(pairs of completions of one prompt and sample index, how many completions found no partner)."""
+    """(pairs of completions with the same prompt and sample index, number of completions without a partner)."""
     tables = []
     for name, table in (("A", a), ("B", b)):
         sample = table["sample"] if "sample" in table else table.groupby("prompt").cumcount()
-        table = table[["prompt", "completion"]].assign(sample=sample.astype(int))
-        if table.duplicated(["prompt", "sample"]).any():
+        tables.append(table[["prompt", "completion"]].assign(sample=sample.astype(int)))
+        if tables[-1].duplicated(["prompt", "sample"]).any():
             raise ValueError(f"Run {name} has several completions of one prompt with one sample index.")
-        tables.append(table)
     pairs = tables[0].merge(tables[1], on=["prompt", "sample"], suffixes=("_a", "_b"))
     if pairs.empty:
         raise ValueError("The two runs have no prompt in common: both must complete the same problems.")
@@ -147,116 +123,109 @@ def paired(a: pd.DataFrame, b: pd.DataFrame) -> tuple[pd.DataFrame, int]:
 
 
 def verdict(reply: str) -> str | None:
-    """ "1", "2" or "tie", from the reply's last line; None where that says nothing, or more than one thing."""
-    lines = [line for line in reply.rpartition("</think>")[2].splitlines() if line.strip()]
-    found = {one or other for one, other in _VERDICT.findall(lines[-1].lower())} if lines else set()
-    return found.pop() if len(found) == 1 else None
-
-
-# ---- asking, once each ----
+    """ "1", "2" or "tie" from the last line with a word, after any thought; None if unclear or contradictory."""
+    answer = reply.lower().rpartition("</think>")[2]
+    lines = re.findall(r".*\w.*", answer)  # a closing code fence has no word
+    found = list(_WORD.finditer(lines[-1])) if lines and "<think>" not in answer else []
+    clear = any(match[1] or match[3] is not None for match in found)  # in brackets, or the line's last word
+    said = {match[1] or match[2] for match in found}
+    return said.pop() if clear and len(said) == 1 else None
 
 
 def ask(endpoint: Endpoint, prompts: list[str], path: Path, concurrency: int) -> dict[str, str]:
-    """The judge's reply to each prompt: those that the file at `path` has, and the others from the endpoint.
-
-    A reply is appended to the file, a line each, before it counts; a line cut off by a crash is dropped.
-    """
-    key = os.environ.get(KEY, "").strip()
-    if key and not (key.isascii() and key.isprintable() and " " not in key):
-        raise ValueError(f"{KEY} holds something that is no API key.")
-    address = urllib.parse.urlsplit(endpoint.url)
-    if address.scheme not in ("http", "https") or not address.hostname:
-        raise ValueError(f"The endpoint is a URL such as http://localhost:8000/v1, not {endpoint.url!r}.")
-    if address.username or address.password or address.query:
-        raise ValueError(f"The endpoint's URL is written to disk, so it must hold no secret: put the key in {KEY}.")
-
+    """The judge's reply to each prompt: from the file at `path`, else from the endpoint and then appended to it."""
+    key = _check(endpoint)
     known = read_replies(path)
     digests = {prompt: digest(endpoint, prompt) for prompt in prompts}
     to_ask = [prompt for prompt in digests if digests[prompt] not in known]
     print(f"{len(digests)} requests: {len(digests) - len(to_ask)} answered before, {len(to_ask)} to ask", flush=True)
-    if not to_ask:
-        return {prompt: known[digests[prompt]] for prompt in digests}
-    writing, stop = Lock(), Event()
-    with open(path, "a", encoding="utf-8") as lines, ThreadPoolExecutor(concurrency) as pool:
+    if to_ask:
+        asker, lock = _asker(endpoint, key), Lock()
 
         def answer(prompt: str) -> None:
-            if stop.is_set():
-                return
             try:
-                reply, reason = _request(endpoint, prompt, key, stop)
-            except Exception:
-                stop.set()
+                reply = _reply(asker, prompt, key)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # requests under way finish and are kept
                 raise
-            record = {"key": digests[prompt], "model": endpoint.model, "finish_reason": reason, "reply": reply}
-            with writing:
-                lines.write(json.dumps(record) + "\n")
+            with lock:
+                lines.write(json.dumps({"key": digests[prompt], "model": endpoint.model, **reply}) + "\n")
                 lines.flush()
                 os.fsync(lines.fileno())
-                known[digests[prompt]] = reply
+                known[digests[prompt]] = reply["reply"]
 
-        asked = [pool.submit(answer, prompt) for prompt in to_ask]
-        try:
-            for done in as_completed(asked):
-                done.result()
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)  # what is under way is answered, and kept
-            raise
+        with open(path, "a") as lines, ThreadPoolExecutor(concurrency) as pool:
+            list(pool.map(answer, to_ask))
     return {prompt: known[digests[prompt]] for prompt in digests}
 
 
 def digest(endpoint: Endpoint, prompt: str) -> str:
-    """What a reply is kept under: everything that it depends on."""
-    asked = [endpoint.url.rstrip("/"), _body(endpoint, prompt)]
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    """The key that a reply is stored under: a hash of everything it depends on."""
+    body = {"model": endpoint.model, "messages": [{"role": "user", "content": prompt}], **endpoint.options}
+    return hashlib.sha256(json.dumps([endpoint.url.rstrip("/"), body], sort_keys=True).encode()).hexdigest()
 
 
 def read_replies(path: Path) -> dict[str, str]:
-    """The replies kept at `path`, by digest. A last line that a crash cut off is removed from the file."""
+    """The stored replies by digest; a last line cut off by a crash is removed. Raises `ValueError` for other damage."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = path.read_bytes() if path.is_file() else b""
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
         os.truncate(path, len(whole))
-    records = (json.loads(line) for line in whole.splitlines())
-    return {record["key"]: record["reply"] for record in records}
-
-
-def _body(endpoint: Endpoint, prompt: str) -> dict:
-    return {"model": endpoint.model, "messages": [{"role": "user", "content": prompt}], **endpoint.options}
-
-
-class _StayThere(urllib.request.HTTPRedirectHandler):
-    """Follow no redirect: it would take the key along to another host."""
-
-    def redirect_request(self, *_):
-        return None
-
-
-def _request(endpoint: Endpoint, prompt: str, key: str, stop: Event) -> tuple[str, str | None]:
-    """(the reply's text, why it ended), after as many attempts as it takes, up to `ATTEMPTS`; none after `stop`."""
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    url = endpoint.url.rstrip("/") + "/chat/completions"
-    request = urllib.request.Request(url, json.dumps(_body(endpoint, prompt)).encode(), headers)
-    opener = urllib.request.build_opener(_StayThere)
-    for attempt in range(ATTEMPTS):
-        asked_to_wait = 0.0
+    replies = {}
+    for row, line in enumerate(whole.splitlines(), 1):
         try:
-            with opener.open(request, timeout=endpoint.timeout) as response:
-                choice = json.load(response)["choices"][0]
-                return choice["message"]["content"] or "", choice.get("finish_reason")
-        except urllib.error.HTTPError as error:
-            problem = f"status {error.code}: {error.read(300).decode(errors='replace')}"
-            if error.code not in TRY_AGAIN:
+            record = json.loads(line)
+            replies[record["key"]] = record["reply"] + ""  # raises unless text
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, row {row} is not a stored reply: delete this row to ask again.") from error
+    return replies
+
+
+def _check(endpoint: Endpoint) -> str:
+    """The API key, or "". Raises `ValueError` for an endpoint that is malformed or would write a secret to disk."""
+    key = os.environ.get(KEY, "").strip()
+    if not isinstance(endpoint.options, dict):
+        raise ValueError('The options of each request are a JSON object, such as {"temperature": 0}.')
+    if re.search(r"[^!-~]", key) or (key and key in json.dumps(endpoint)):
+        raise ValueError(f"{KEY} holds something that is no API key, or that the endpoint's URL or options repeat.")
+    if not re.fullmatch(r"https?://(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[^?#@\s]*)?", endpoint.url):
+        raise ValueError(
+            f"The endpoint is a URL like http://localhost:8000/v1; no user, no query: the key is in {KEY}."
+        )
+    return key
+
+
+def _asker(endpoint: Endpoint, key: str):
+    """`messages -> completion` by OpenAI's client. It follows no redirect, which would take the key to another host;
+    what the environment holds for OpenAI itself is not sent."""
+    try:
+        from openai import DefaultHttpxClient, Omit, OpenAI
+    except ImportError as error:
+        raise ValueError("Asking a judge needs the package openai: `pip install openai`.") from error
+    options = {"timeout": endpoint.timeout, "max_retries": RETRIES}
+    options["http_client"] = DefaultHttpxClient(follow_redirects=False)
+    client = OpenAI(base_url=endpoint.url, api_key=key or "none", **options)
+    headers = dict.fromkeys(("Authorization", "OpenAI-Organization", "OpenAI-Project"), Omit())
+    headers |= {"Authorization": f"Bearer {key}"} if key else {}
+    fixed = {"model": endpoint.model, "extra_body": endpoint.options, "extra_headers": headers}
+    return partial(client.chat.completions.create, **fixed)
+
+
+def _reply(asker, prompt: str, key: str) -> dict[str, str | None]:
+    """`finish_reason` and `reply`, its text, without the key. Raises `ConnectionError` with one line."""
+    for _ in range(3):  # again where the answer is malformed
+        try:
+            choice = asker(messages=[{"role": "user", "content": prompt}]).choices[0]
+            text = choice.message.content or ""
+            if isinstance(text, list):  # in parts, whose thinking is not the reply
+                text = "".join(part["text"] for part in text if part["type"] == "text")
+            return {"finish_reason": choice.finish_reason, "reply": text.replace(key or "\0", "<key>")}
+        except Exception as error:
+            problem = f"{error!r} {error.__cause__ or ''}"
+            if answer := getattr(error, "response", None):
+                problem = f"status {answer.status_code}, {answer.text}"
+            if type(error).__module__.startswith("openai"):  # after the client's own retries
                 break
-            with_number = re.fullmatch(r"\s*(\d+)\s*", error.headers.get("Retry-After", ""))
-            asked_to_wait = float(with_number[1]) if with_number else 0.0
-        except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out
-            problem = repr(error)
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            problem = f"an answer that is no chat completion ({error!r})"
-        seconds = min(LONGEST, max(asked_to_wait, BACKOFF * 2**attempt) * random.uniform(1.0, 1.25))
-        if attempt + 1 == ATTEMPTS or stop.wait(seconds):
-            break
-    problem = problem.replace(key, "<key>") if key else problem
-    raise ConnectionError(f"{endpoint.url} gave {problem}. Its earlier replies are kept: the same command goes on.")
+    problem = " ".join(problem.replace(key or "\0", "<key>").split())[:300]
+    raise ConnectionError(f"The judge gave no chat completion: {problem}. The same command resumes.")

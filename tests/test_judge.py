@@ -19,12 +19,12 @@ import pandas as pd
 import pytest
 from transformers.utils.import_utils import is_serve_available
 
-from cmdp import cli
 from cmdp import judge as judging
 from cmdp.judge import Endpoint, digest, judge, paired, read_completions, read_replies, verdict
 
-TEMPLATE = (Path(cli.__file__).parent / "judge_prompt.txt").read_text()
+TEMPLATE = Path(judging.__file__).with_name("judge_prompt.txt").read_text()
 KEY = "sk-very-secret-1234"
+SOON = {"Retry-After-Ms": "1"}
 
 
 def by_rule(prompt: str) -> str:
@@ -43,7 +43,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, answer=by_rule):
         super().__init__(("127.0.0.1", 0), Handler)
         self.answer, self.trouble, self.pause = answer, [], 0.0
-        self.prompts, self.keys, self.options = [], [], []
+        self.prompts, self.keys, self.headers, self.options = [], [], [], []
         self.now = self.most = 0
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -61,6 +61,7 @@ class Handler(BaseHTTPRequestHandler):
             server.now += 1
             server.most = max(server.most, server.now)
             server.keys.append(self.headers["Authorization"])
+            server.headers.append(dict(self.headers))
             trouble = server.trouble.pop(0) if server.trouble else None
         time.sleep(server.pause)
         prompt = body.pop("messages")[0]["content"]
@@ -87,7 +88,6 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(judging, "BACKOFF", 0.01)
     monkeypatch.delenv("JUDGE_API_KEY", raising=False)
     with Server() as running:
         yield running
@@ -148,6 +148,17 @@ def test_replies_without_a_verdict_leave_their_pair_out_and_are_counted(server, 
         ("Verdict: [[1]] or [[2]]", None),
         ("Verdict: [[3]]", None),
         ("Verdict: 12", None),
+        ("Verdict: solution 2", "2"),
+        ("**Verdict:** tie.", "tie"),
+        ("```\nVerdict: [[1]]\n```", "1"),
+        ("Verdict: [[2]]\n---\n", "2"),
+        ("<think>so far Verdict: [[1]]", None),
+        ("<think>a</think> <think>Verdict: [[1]]", None),
+        ("Verdict: 1 of the steps in solution 2 is wrong", None),
+        ("Verdict: solution 1 is wrong", None),
+        ("Verdict: 1.5", None),
+        ("Verdict: 1, 2", None),
+        ("Verdict: 2, not [[1]]", None),
         ("", None),
         (" \n ", None),
     ],
@@ -158,16 +169,16 @@ def test_a_verdict_is_read_from_the_last_line_alone(reply, expected):
 
 def test_trouble_is_retried_and_redirects_are_not_followed(server, tmp_path):
     server.trouble = [
-        (429, {"Retry-After": "0"}, b"slow down"),
-        (503, {}, b"busy"),
-        (500, {}, b""),
+        (429, SOON, b"slow down"),
+        (503, SOON, b"busy"),
+        (500, SOON, b""),
         (200, {}, b"<html>"),
         (200, {}, b'{"choices": []}'),
     ]
     summary = judge(A, B, Endpoint(server.url, "rule"), TEMPLATE, tmp_path, 1)
     assert summary["replies_without_verdict"] == 0
-    server.trouble = [(307, {"Location": "http://127.0.0.1:9/"}, b"elsewhere")]
-    with pytest.raises(ConnectionError, match="status 307"):
+    server.trouble = [(307, {"Location": Server().url}, b"elsewhere")]
+    with pytest.raises(ConnectionError, match=r"no chat completion: status 307, elsewhere"):
         judge(A, B, Endpoint(server.url, "other"), TEMPLATE, tmp_path, 1)
 
 
@@ -184,7 +195,7 @@ def test_a_wait_that_the_server_asks_for_is_kept_and_a_slow_one_is_asked_again(s
 def test_what_was_answered_before_a_failure_is_kept(server, tmp_path):
     endpoint = Endpoint(server.url, "rule")
     server.answer = lambda prompt: (server.trouble.append((400, {}, b"no more")), by_rule(prompt))[1]
-    with pytest.raises(ConnectionError, match="status 400: no more"):
+    with pytest.raises(ConnectionError, match=r"status 400, no more\. The same command resumes"):
         judge(A, B, endpoint, TEMPLATE, tmp_path, 1)
     assert len(read_replies(tmp_path / "replies.jsonl")) == 1
     server.answer, server.trouble = by_rule, []
@@ -202,20 +213,56 @@ def test_the_key_goes_to_the_endpoint_and_nowhere_else(server, tmp_path, monkeyp
     monkeypatch.setenv("JUDGE_API_KEY", KEY)
     judge(A, B, Endpoint(server.url, "rule"), TEMPLATE, tmp_path, 1)
     assert set(server.keys) == {f"Bearer {KEY}"}
-    server.trouble = [(401, {}, f"Incorrect API key provided: {KEY}".encode())]
-    with pytest.raises(ConnectionError, match="<key>") as raised:
-        judge(A, B, Endpoint(server.url, "other"), TEMPLATE, tmp_path, 1)
+    server.answer = lambda prompt: f"You sent {KEY}.\n{by_rule(prompt)}"
+    assert judge(A, B, Endpoint(server.url, "echo"), TEMPLATE, tmp_path, 1)["replies_without_verdict"] == 0
+    for answer in (KEY, json.dumps({"error": {"message": f"Incorrect API key provided: {KEY}"}})):
+        server.trouble = [(401, {}, answer.encode())]
+        with pytest.raises(ConnectionError, match="<key>") as raised:
+            judge(A, B, Endpoint(server.url, "other"), TEMPLATE, tmp_path, 1)
     assert KEY not in str(raised.value) + "".join(capfd.readouterr())
     assert not [path for path in tmp_path.iterdir() if KEY in path.read_text()]
-    monkeypatch.setenv("JUDGE_API_KEY", "two words")
-    with pytest.raises(ValueError, match="JUDGE_API_KEY holds something that is no API key"):
-        judge(A, B, Endpoint(server.url, "third"), TEMPLATE, tmp_path, 1)
+    for secret in (
+        Endpoint(server.url, KEY),
+        Endpoint(server.url, "m", {"user": KEY}),
+        Endpoint(f"{server.url}/{KEY}", "m"),
+    ):
+        with pytest.raises(ValueError, match=r"JUDGE_API_KEY holds something .* repeat") as raised:
+            judge(A, B, secret, TEMPLATE, tmp_path, 1)
+        assert KEY not in str(raised.value)
+    for wrong in ("two words", "schlüssel", "a\nb"):
+        monkeypatch.setenv("JUDGE_API_KEY", wrong)
+        with pytest.raises(ValueError, match="JUDGE_API_KEY holds something that is no API key"):
+            judge(A, B, Endpoint(server.url, "third"), TEMPLATE, tmp_path, 1)
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://host/v1", "http://me:secret@host/v1", "http://host/v1?k=1"])
+def test_what_is_set_for_openai_itself_is_not_sent(server, tmp_path, monkeypatch):
+    for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_ADMIN_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.setenv(name, "http://another-secret")
+    judge(A, B, Endpoint(server.url, "rule"), TEMPLATE, tmp_path, 1)
+    assert set(server.keys) == {None}
+    assert not any("another-secret" in value for headers in server.headers for value in headers.values())
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:8000",
+        "ftp://host/v1",
+        "http://me:secret@host/v1",
+        "me:secret@host/v1",
+        "http://host/v1?k=secret",
+        "http://host/v1#secret",
+        "http://host:secret/v1",
+        "http:///v1",
+        "http://[::1/v1",
+        "",
+    ],
+)
 def test_urls_that_are_none_or_hold_a_secret_are_refused(tmp_path, url):
-    with pytest.raises(ValueError, match="endpoint"):
+    with pytest.raises(ValueError, match="The endpoint is a URL like") as raised:
         judge(A, B, Endpoint(url, "rule"), TEMPLATE, tmp_path, 1)
+    assert "secret" not in str(raised.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_tables_and_templates_that_do_not_fit_are_refused(tmp_path):
@@ -235,22 +282,25 @@ def test_completions_without_partner_are_counted(server, tmp_path):
     assert (summary["pairs"], summary["unpaired_completions"]) == (3, 2)
 
 
-def command(tmp_path: Path, url: str, model: str, *more: str) -> list[str]:
-    """The `cmdp judge` command, in a folder with the two tables of completions."""
-    for name, completions in (("A", A), ("B", B)):
-        completions.to_csv(tmp_path / f"{name}.csv", index=False)
-    (tmp_path / "params.yaml").write_text("threads: 1\n")
-    program = [sys.executable, "-m", "cmdp.cli", "judge", "A.csv", "B.csv"]
-    return [*program, "--endpoint", url, "--model", model, "--out", "out", *more]
+PROGRAM = """
+import sys
+from pathlib import Path
+from cmdp.judge import Endpoint, judge, read_completions
+url, template = sys.argv[1:]
+a, b = (read_completions(f"{name}.csv") for name in "AB")
+judge(a, b, Endpoint(url, "rule"), Path(template).read_text(), Path("out"), 1)
+"""
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": str(Path(judging.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 
 
 def test_a_killed_run_goes_on_with_nothing_lost_and_no_call_repeated(server, tmp_path):
+    for name, completions in (("A", A), ("B", B)):
+        completions.to_csv(tmp_path / f"{name}.csv", index=False)
+    words = [sys.executable, "-c", PROGRAM, server.url, str(Path(judging.__file__).with_name("judge_prompt.txt"))]
     server.pause = 0.4
-    words = command(tmp_path, server.url, "rule", "--concurrency", "1")
     process = subprocess.Popen(words, cwd=tmp_path, env=environment())
     replies = tmp_path / "out/replies.jsonl"
     deadline = time.monotonic() + 60
@@ -276,13 +326,63 @@ def test_a_killed_run_goes_on_with_nothing_lost_and_no_call_repeated(server, tmp
 
 
 def test_an_endpoint_that_is_not_there_is_said_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(judging, "BACKOFF", 0.001)
-    monkeypatch.setattr(cli, "set_up", lambda params, offline: None)
-    monkeypatch.setattr(sys, "argv", command(tmp_path, "http://127.0.0.1:9/v1", "rule")[2:])
-    with pytest.raises(SystemExit, match=r"http://127.0.0.1:9/v1 gave .*refused.*the same command goes on") as raised:
-        cli.main()
+    monkeypatch.setattr(judging, "RETRIES", 0)
+    with pytest.raises(
+        ConnectionError, match=r"The judge gave no chat completion: .*refused.*The same command resumes"
+    ) as raised:
+        judge(A, B, Endpoint("http://127.0.0.1:9/v1", "rule"), TEMPLATE, tmp_path, 2)
     assert "\n" not in str(raised.value)
+
+
+def test_only_the_text_of_an_answer_in_parts_counts(server, tmp_path):
+    thought = {"type": "thinking", "thinking": [{"type": "text", "text": "Verdict: [[2]]"}]}
+    server.answer = lambda prompt: [
+        thought,
+        {"type": "text", "text": "Fine.\nVerdict: "},
+        {"type": "text", "text": "[[1]]"},
+    ]
+    summary = judge(A, B, Endpoint(server.url, "parts"), TEMPLATE, tmp_path, 2)
+    assert (summary["first"], summary["replies_without_verdict"]) == (1.0, 0)
+    assert set(read_replies(tmp_path / "replies.jsonl").values()) == {"Fine.\nVerdict: [[1]]"}
+
+
+@pytest.mark.parametrize("content", [None, [], ""])
+def test_an_empty_answer_is_kept_and_is_no_verdict(server, tmp_path, content):
+    server.answer = lambda prompt: content
+    for _ in range(2):
+        with pytest.raises(ValueError, match="2 replies had none"):
+            judge(table(p=["x"]), table(p=["y"]), Endpoint(server.url, "mute"), TEMPLATE, tmp_path, 1)
+    assert len(server.prompts) == 2
+
+
+@pytest.mark.parametrize("content", [5, {"text": "[[1]]"}, ["[[1]]"], [{"type": "text"}]])
+def test_an_answer_that_is_no_chat_completion_is_said_in_one_line_and_not_stored(server, tmp_path, content):
+    server.answer = lambda prompt: content
+    with pytest.raises(ConnectionError, match="gave no chat completion"):
+        judge(table(p=["x"]), table(p=["y"]), Endpoint(server.url, "odd"), TEMPLATE, tmp_path, 1)
+    assert (tmp_path / "replies.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize("line", ["nonsense", "[1]", "{}", '{"key": "k"}', '{"key": "k", "reply": ["a"]}', "", "\xff"])
+def test_a_malformed_stored_reply_is_named_by_file_and_row(tmp_path, line):
+    path = tmp_path / "replies.jsonl"
+    path.write_bytes(b'{"key": "k", "reply": "a"}\n' + line.encode("latin-1") + b"\n")
+    with pytest.raises(ValueError, match=r"replies\.jsonl, row 2 is not a stored reply"):
+        read_replies(path)
+
+
+@pytest.mark.parametrize("options", [["temperature"], "temperature", None, 1])
+def test_options_that_are_no_object_are_refused(tmp_path, options):
+    with pytest.raises(ValueError, match="options of each request are a JSON object"):
+        judge(A, B, Endpoint("http://localhost/v1", "rule", options), TEMPLATE, tmp_path, 1)
+
+
+def test_without_openai_a_finished_run_repeats_and_another_says_what_to_install(server, tmp_path, monkeypatch):
+    first = judge(A, B, Endpoint(server.url, "rule"), TEMPLATE, tmp_path, 2)
+    monkeypatch.setitem(sys.modules, "openai", None)
+    assert judge(A, B, Endpoint(server.url, "rule"), TEMPLATE, tmp_path, 2) == first
+    with pytest.raises(ValueError, match="`pip install openai`"):
+        judge(A, B, Endpoint(server.url, "other"), TEMPLATE, tmp_path, 2)
 
 
 # ---- a model behind `transformers serve` ----
