@@ -1,0 +1,439 @@
+"""One way to train, for a profile, a pipeline stage and the command line.
+
+An experiment is one parameter file: a task, a student, a teacher, a budget, settings of the trainer, and named runs,
+each a method with settings of its own. `cmdp train --config profiles/laptop.yaml` trains and measures all of its runs:
+trained students go to models/NAME/RUN/SEED, results to results/NAME. What is finished is not done again; what was
+interrupted resumes from its last checkpoint.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cmdp.methods import METHODS, START, TRL, check_method
+from cmdp.models import ModelSpec, check_specs, load_pair, pick_device, pick_dtype, shared_tokenizer
+from cmdp.statistics import summarise
+from cmdp.storage import (
+    checkpoint_folder,
+    fingerprint,
+    provenance,
+    read_yaml,
+    whole,
+    write_json,
+    write_table,
+    write_text,
+)
+from cmdp.tasks import load_problems, load_task
+
+MODELS, RESULTS = Path("models"), Path("results")
+RECORD, TRAINING = "cmdp.json", "training.csv"  # beside a trained student's weights
+# Columns of a training log that depend on the seed alone; the others are times
+LOGGED = (
+    *("step", "task_reward", "modified_reward", "csr", "cost/mean", "cost/q50", "cost/q90", "kl_per_token"),
+    *("remaining_budget", "over_budget_tokens", "lambda", "entropy", "completions/mean_length"),
+    *("loss/policy", "loss/single_step", "grad_norm"),
+)
+
+
+@dataclass
+class Budget:
+    """The budget d: nats per trajectory (`total`) or per token (`per_token`)."""
+
+    budget: float
+    budget_form: str = "total"
+
+
+@dataclass
+class Evaluation:
+    """What is measured of a trained student."""
+
+    prompts: int
+    samples: int
+    batch_size: int
+    split: str = "test"
+    greedy: bool = True
+
+
+@dataclass
+class Experiment:
+    """A parameter file. `train` holds fields of `CMDPConfig`; so does each run, beside its `method`."""
+
+    name: str
+    task: dict[str, Any]
+    student: ModelSpec
+    teacher: ModelSpec
+    budget: Budget
+    train: dict[str, Any]
+    runs: dict[str, dict[str, Any]]
+    seeds: list[int]
+    evaluate: Evaluation
+
+    def settings(self, run: str, seed: int) -> dict[str, Any]:
+        """The fields of `CMDPConfig` that a run is trained with, beside the precision of the device."""
+        own = {key: value for key, value in self.runs[run].items() if key != "method"}
+        method = METHODS.get(self.runs[run]["method"], {})
+        return {**method, **self.train, **dataclasses.asdict(self.budget), **own, "seed": seed}
+
+    def folder(self, run: str, seed: int) -> Path:
+        """Where the trained student goes."""
+        return MODELS / self.name / run / str(seed)
+
+
+def read(path: Path, *overrides: str) -> Experiment:
+    """The experiment in a parameter file, with `overrides` such as "train.max_steps=5", checked.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: an unknown section, field, method or task, or a value of the wrong type or range; one line.
+    """
+    content = read_yaml(path, *overrides)
+    try:
+        experiment = OmegaConf.to_object(
+            OmegaConf.merge(OmegaConf.structured(Experiment), content | {"name": path.stem})
+        )
+    except OmegaConfBaseException as error:
+        said = str(error.msg or error).partition("\n")[0]
+        raise ValueError(f"{path}: {error.full_key or 'the file'}: {said}") from error
+    check_specs(experiment.student, experiment.teacher)
+    load_task(str(experiment.task.get("name")))
+    for run, row in experiment.runs.items():
+        check_method(row.get("method", f"(none, in runs.{run})"))
+        try:
+            build_config(experiment.settings(run, 0) | {"bf16": False, "fp16": False, "use_cpu": True})
+        except ValueError as error:
+            raise ValueError(f"{path}, run {run}: {error}") from error
+    return experiment
+
+
+def build_config(settings: dict[str, Any]):
+    """The `CMDPConfig` that `settings` state, with values converted to the fields' types.
+
+    Raises:
+        ValueError: an unknown field, or a value that does not convert or is out of range.
+    """
+    from trl import TrlParser
+
+    from cmdp.trainer import CMDPConfig
+
+    class Parser(TrlParser):
+        def error(self, message: str):
+            raise ValueError(message)
+
+    words = []
+    for name, value in settings.items():
+        if isinstance(value, (list, tuple)):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    config, unknown = Parser(CMDPConfig).parse_args_into_dataclasses(words, return_remaining_strings=True)
+    if unknown:
+        raise ValueError(f"{unknown[0].partition('=')[0].lstrip('-')} is no field of CMDPConfig.")
+    return config
+
+
+def distil(
+    method: str,
+    student,
+    teacher,
+    tokenizer,
+    problems: list[dict[str, str]],
+    is_correct,
+    checkpoints: Path,
+    resume: bool,
+    settings: dict[str, Any],
+) -> list[dict]:
+    """Distil `teacher` into `student`, in place.
+
+    Args:
+        method: a key of `METHODS`, or one of `TRL`.
+        problems: training prompts with their answers.
+        is_correct: the task reward, `(completion, answer) -> bool`.
+        resume: go on from the last of `checkpoints`.
+        settings: fields of `CMDPConfig`; they take precedence over the method's own.
+
+    Returns:
+        The log: a dict per step.
+    """
+    from datasets import Dataset
+    from transformers import TrainerState
+    from transformers.trainer_utils import get_last_checkpoint
+
+    def task_reward(completions: list[str], answer: list[str], **_) -> list[float]:
+        return [float(is_correct(completion, right)) for completion, right in zip(completions, answer, strict=True)]
+
+    defaults = {"gradient_checkpointing": False, "bf16": False, "report_to": "none", "disable_tqdm": True}
+    settings = {"output_dir": str(checkpoints), **defaults, **METHODS.get(check_method(method), {}), **settings}
+    data = {"train_dataset": Dataset.from_list(problems), "processing_class": tokenizer}
+    if method in TRL:
+        trainer = _of_trl(method, student, teacher, task_reward, settings, data)
+    else:
+        from cmdp.trainer import CMDPTrainer
+
+        trainer = CMDPTrainer(student, teacher, task_reward, build_config(settings), **data)
+    last = get_last_checkpoint(str(checkpoints)) if resume else None
+    if last and (state := TrainerState.load_from_json(f"{last}/trainer_state.json")).global_step >= state.max_steps:
+        trainer._load_from_checkpoint(last)  # finished: `train` would take one more step
+        return state.log_history
+    trainer.train(resume_from_checkpoint=last)
+    return trainer.state.log_history
+
+
+def _of_trl(method: str, student, teacher, task_reward, settings: dict[str, Any], data: dict):
+    """TRL's GRPOTrainer or DistillationTrainer, given what of `settings` it knows."""
+    from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
+
+    config, kind = build_config(settings), GRPOConfig if method == "trl-grpo" else DistillationConfig
+    known = {entry.name for entry in dataclasses.fields(kind)} - {"beta"}  # reverse KL; no KL to a reference
+    args = kind(**{name: getattr(config, name) for name in settings if name in known})
+    if method == "trl-grpo":
+        return GRPOTrainer(student, task_reward, args, **data)
+    return DistillationTrainer(student, teacher, args=args, **data)
+
+
+def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -> Path:
+    """Train one run with one seed, unless that is done.
+
+    Args:
+        check_fit: sum up the memory that training takes first, print it, and raise if the device has less.
+
+    Returns:
+        The trained student's folder: weights (an adapter alone, where it trains one), tokenizer, the log in
+        `training.csv`, and `cmdp.json` (what it was trained with, and on).
+
+    Raises:
+        ValueError: no such run, different vocabularies, no prompt short enough, or too little memory.
+    """
+    if run not in experiment.runs:
+        raise ValueError(f"The experiment {experiment.name} has no run {run!r}. It has: {', '.join(experiment.runs)}.")
+    method, settings, folder = (
+        experiment.runs[run]["method"],
+        experiment.settings(run, seed),
+        experiment.folder(run, seed),
+    )
+    student, teacher = experiment.student, experiment.teacher
+    tokenizer, longest = shared_tokenizer(student, teacher), experiment.task.get("prompt_length")
+    problems = within(load_problems(experiment.task, tokenizer)["train"], tokenizer, longest)
+    made_by = fingerprint(
+        {"method": method, "settings": settings, "problems": problems, "models": [vars(student), vars(teacher)]},
+        [*_files(student), *_files(teacher)],
+    )
+    if (folder / RECORD).is_file() and json.loads((folder / RECORD).read_text())["fingerprint"] == made_by:
+        print(f"{folder} is finished.")
+        return folder
+    with _main_process_first(settings.get("use_cpu", False)):
+        checkpoints, resume = checkpoint_folder(f"{experiment.name}/{run}/{seed}", made_by)
+    device = pick_device(settings.get("use_cpu", False))
+    memory = _memory(experiment, settings, device) if check_fit else {}
+    student, teacher, tokenizer = load_pair(student, teacher, settings.get("use_cpu", False))
+    log = []
+    if method != START:
+        with steps_to(checkpoints / "steps.txt"):
+            is_correct, plain = load_task(experiment.task["name"]).is_correct, _plain(tokenizer)
+            settings = {**_precision(device), **settings}
+            log = distil(method, student, teacher, plain, problems, is_correct, checkpoints, resume, settings)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return folder
+    record = {
+        **{"run": run, "method": method, "seed": seed, "settings": settings, "task": experiment.task},
+        **{"student": experiment.student.model, "teacher": experiment.teacher.model},
+        **{"parameters": student.num_parameters(), "memory": memory and memory | {"taken_gib": _taken(device)}},
+        **{"provenance": provenance(), "fingerprint": made_by, "measured": None},
+    }
+    with whole(folder) as unfinished:
+        student.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        write_table(pd.DataFrame(log or {"step": []}), unfinished / TRAINING)
+        write_json(record, unfinished / RECORD)
+    shutil.rmtree(checkpoints)
+    return folder
+
+
+def load_trained(experiment: Experiment, run: str, seed: int) -> tuple:
+    """(student, teacher, tokenizer) of a trained run. Raises `FileNotFoundError` if it has not been trained."""
+    folder, student = experiment.folder(run, seed), experiment.student
+    if not (folder / RECORD).is_file():
+        raise FileNotFoundError(f"There is no trained student at {folder}: train {run} with seed {seed} first.")
+    if student.trains_adapter:
+        student = dataclasses.replace(student, adapter=str(folder), lora=None)
+    else:
+        student = ModelSpec(str(folder))
+    student, teacher, tokenizer = load_pair(student, experiment.teacher, experiment.train.get("use_cpu", False))
+    return student.get_base_model() if hasattr(student, "get_base_model") else student, teacher, tokenizer
+
+
+def measure(
+    experiment: Experiment, pair: tuple, seed: int, problems: list[dict] | None = None, **changes
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Completions and positions of one (student, teacher, tokenizer), as `evaluation.evaluate` gives them.
+
+    Args:
+        problems: those of the experiment's `evaluate` section unless given.
+        changes: of `evaluate`'s arguments `samples`, `max_completion_length`, `greedy`.
+    """
+    import torch
+
+    from cmdp.evaluation import evaluate
+
+    settings, (student, teacher, tokenizer) = experiment.evaluate, pair
+    if problems is None:
+        problems = load_problems(experiment.task, tokenizer)[settings.split][: settings.prompts]
+    problems = within(problems, tokenizer, experiment.task.get("prompt_length"))
+    arguments = {"samples": settings.samples, "greedy": settings.greedy, "batch_size": settings.batch_size}
+    arguments["max_completion_length"] = experiment.train["max_completion_length"]
+    device = student.device
+    # as in training: float32 weights compute in the device's dtype
+    with torch.autocast(device.type, pick_dtype(device), enabled=device.type == "cuda"):
+        task = load_task(experiment.task["name"])
+        return evaluate(student, teacher, tokenizer, task, problems, seed=seed, **arguments | changes)
+
+
+def run_all(experiment: Experiment, runs: list[str], seeds: list[int], again: bool = False) -> None:
+    """Train and measure `runs` with `seeds`, and sum up all results there are in results/NAME.
+
+    Args:
+        again: measure even what has been measured.
+    """
+    results = RESULTS / experiment.name
+    for run in runs:
+        for seed in seeds:
+            folder = train(experiment, run, seed)
+            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            if record["measured"] and not again:
+                continue
+            pair = load_trained(experiment, run, seed)
+            completions, positions = measure(experiment, pair, seed)
+            problems = load_problems(experiment.task, pair[-1])[experiment.evaluate.split]
+            texts = completions.query("decoding == 'sampled'")[["prompt", "completion"]]
+            texts = texts.assign(prompt=[problems[index]["prompt"] for index in texts["prompt"]])  # what `judge` reads
+            training = pd.read_csv(folder / TRAINING)
+            tables = {"completions": completions.drop(columns="completion"), "positions": positions, "texts": texts}
+            for name, table in (tables | {"training": training}).items():
+                table = table.assign(run=run, seed=seed)
+                write_table(table[["run", "seed", *table.columns[:-2]]], results / name / run / f"{seed}.csv")
+            summary = summarise(tables["completions"].assign(run=run, seed=seed), **vars(experiment.budget))
+            measured = summary.set_index("measure")[["mean", "low", "high"]].to_dict("index")
+            write_json(record | {"measured": measured | {"prompts": experiment.evaluate.prompts}}, folder / RECORD)
+            write_json(record["memory"], results / "memory" / run / f"{seed}.json")
+            print(f"{run}, seed {seed}: weights in {folder}, completions in {results}/completions/{run}/{seed}.csv")
+            _free()
+    summary = summarise(gather(results, "completions"), **vars(experiment.budget))
+    write_table(summary, results / "summary.csv")
+    times = gather(results, "training").groupby("run", sort=False).median(numeric_only=True).filter(like="time/")
+    write_table(times.reset_index(), results / "timing.csv")
+    write_json(provenance(), results / "provenance.json")
+    write_text(yaml.safe_dump(dataclasses.asdict(experiment), sort_keys=False), results / "profile.yaml")
+    print(f"Summary of {summary['run'].nunique()} runs: {results}/summary.csv")
+
+
+def gather(results: Path, table: str) -> pd.DataFrame:
+    """One table of all runs and seeds measured so far."""
+    tables = [pd.read_csv(path) for path in sorted((results / table).glob("*/*.csv"))]
+    return pd.concat([table for table in tables if len(table)], ignore_index=True)
+
+
+def within(problems: list[dict], tokenizer, longest: int | None) -> list[dict]:
+    """The problems whose prompts have at most `longest` tokens; prompts begin with the tokenizer's start token, if any.
+
+    Raises:
+        ValueError: none is left.
+    """
+    prompts = [row["prompt"] for row in problems]
+    start = tokenizer.bos_token or ""
+    if start and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:  # it starts every text
+        prompts = [prompt if prompt.startswith(start) else start + prompt for prompt in prompts]
+    problems = [row | {"prompt": prompt} for row, prompt in zip(problems, prompts, strict=True)]
+    if longest is None:
+        return problems
+    lengths = map(len, tokenizer(prompts, add_special_tokens=False).input_ids)
+    kept = [row for row, length in zip(problems, lengths, strict=True) if length <= longest]
+    if len(kept) < len(problems):
+        print(f"{len(problems) - len(kept)} of {len(problems)} problems are left out: over {longest} tokens.")
+    if not kept:
+        raise ValueError(f"No problem has {longest} tokens or fewer: raise task.prompt_length.")
+    return kept
+
+
+@contextlib.contextmanager
+def steps_to(path: Path):
+    """Send what a trainer prints, a line per step, to a file beside its checkpoints: `tail -f` follows it."""
+    print(f"Training: steps are logged to {path}", flush=True)
+    with open(path, "a", buffering=1, encoding="utf-8") as lines, contextlib.redirect_stdout(lines):
+        yield
+
+
+def _memory(experiment: Experiment, settings: dict[str, Any], device) -> dict[str, Any]:
+    """Print the memory that training takes, and raise if the device has less. Returns what a record says of it."""
+    import torch
+
+    from cmdp.memory import GIB, check_memory, device_memory, device_name, memory_sum, peak
+
+    available, longest = device_memory(device), experiment.task["prompt_length"]
+    specs = experiment.student, experiment.teacher
+    items = memory_sum(*specs, settings, longest, device.type, pick_dtype(device), available)
+    check_memory(items, available)
+    return {"device": device_name(device), "threads": torch.get_num_threads(), "summed_gib": peak(items) / GIB}
+
+
+def memory(experiment: Experiment) -> None:
+    """Print the memory that training takes, from the models' configurations alone, and raise if the device has less."""
+    shared_tokenizer(experiment.student, experiment.teacher)  # raises if no divergence is defined
+    settings = experiment.settings(next(iter(experiment.runs)), 0)
+    _memory(experiment, settings, pick_device(settings.get("use_cpu", False)))
+
+
+def _taken(device) -> float:
+    from cmdp.memory import GIB, taken
+
+    return taken(device) / GIB
+
+
+def _plain(tokenizer):
+    """A copy that adds no special tokens to a text, since prompts bring them along: TRL tokenises without saying so."""
+    tokenizer = copy.deepcopy(tokenizer)
+    if tokenizer("a").input_ids != tokenizer("a", add_special_tokens=False).input_ids:
+        tokenizer.backend_tokenizer.post_processor = None
+    return tokenizer
+
+
+def _precision(device) -> dict[str, bool]:
+    """The trainer's flags for the dtype that `device` computes in."""
+    dtype = str(pick_dtype(device))
+    return {"bf16": dtype == "torch.bfloat16", "fp16": dtype == "torch.float16"}
+
+
+def _files(spec: ModelSpec) -> list[Path]:
+    """The local files of a model and its adapter."""
+    found = [Path(source) for source in (spec.model, spec.adapter) if source and Path(source).exists()]
+    return [file for path in found for file in ([path] if path.is_file() else path.iterdir()) if file.is_file()]
+
+
+def _main_process_first(use_cpu: bool):
+    """Where several processes train together, a context that the first of them goes through before the others."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return contextlib.nullcontext()
+    from accelerate import PartialState
+
+    return PartialState(cpu=use_cpu).main_process_first()
+
+
+def _free() -> None:
+    """Release the memory of a run before the next."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
