@@ -1,64 +1,128 @@
-"""Figures of the default experiment, from results files alone: SVG and PNG, for print and for the colour-blind."""
+"""Figures of the default experiment and of the study, from results files alone: SVG and PNG, readable in print and by
+the colour-blind.
 
+A run has one colour and one marker throughout: those of its method, in shades where several runs share a method. A
+method that knows the budget has dashed lines, so that curves that coincide stay visible. A run that is missing is left
+out. Bars are 95 % intervals; those of differences hold for all runs of a figure at once.
+"""
+
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from cmdp.collect import gather
-from cmdp.storage import whole
+from cmdp.storage import read_yaml, whole
+from replication.experiments import EXPERIMENTS, PARAMS, Row, gather, rows
+from replication.tables import BUDGET_FREE, by_name
 
-# Families share a hue of seaborn's colour-blind palette; within one, runs differ by marker.
 PALETTE = sns.color_palette("colorblind")
-FAMILIES = {
+STYLES = {  # colour and marker of a method
     "sft": (PALETTE[7], "s"),
     "grpo": (PALETTE[1], "X"),
     "gkd": (PALETTE[2], "P"),
     "gkd-grpo": (PALETTE[0], "o"),
     "cmdp": (PALETTE[3], "D"),
-    "cmdp-overshoot": (PALETTE[4], "^"),
-    "cmdp-hinge": (PALETTE[5], "p"),
+    "cmdp-overshoot": (PALETTE[4], "p"),
+    "cmdp-hinge": (PALETTE[5], "h"),
     "cmdp-adaptive": ((0.35, 0.05, 0.25), "H"),
     "saute-constant": (PALETTE[6], "d"),
     "worst-case": ((0.65, 0.6, 0.0), (6, 1, 0)),
     "dual": (PALETTE[9], "<"),
     "minillm": ((0.0, 0.3, 0.25), ">"),
-    "kdrl": ((0.15, 0.2, 0.55), "h"),
+    "kdrl": ((0.15, 0.2, 0.55), "8"),
     "trl-grpo": ((0.6, 0.35, 0.0), (4, 1, 45)),
     "trl-gkd": ((0.3, 0.75, 0.5), (4, 1, 0)),
-    "teacher": ((0.0, 0.0, 0.0), "*"),
 }
-MARKERS = {"weak": "v", "medium": "o", "strong": "^", "accuracy": "8"}
+VARIANTS = ("v", "o", "^")  # markers of several runs of a method
+OUTLINED = ("trl-grpo", "trl-gkd")  # drawn as outlines: trl-grpo coincides with grpo
+LABELS = {"accuracy": "accuracy, sampled (%)", "csr": "CSR (%)"}
+SHORT = {"accuracy": "accuracy", "csr": "CSR", "accuracy_within": "accuracy within budget", "validity": "validity"}
+CAPACITIES = {"student-tenth": 0.1, "student": 0.3, "student-half": 0.5, "student-equal": 1.0}  # of the teacher's
+TRACED = ("sft", "grpo", "gkd", "cmdp", "cmdp-hinge", "cmdp-adaptive")  # and the best soft Lagrangian: all are too many
+ENDS = ["mean", "low", "high"]
+FEW = 30  # completions: a share of fewer is not drawn
+GREY = "0.35"
 
 
-def family(run: str) -> str:
-    """The method that a run or an arm is named for."""
-    return max((name for name in FAMILIES if run.startswith(name)), key=len, default="sft")
+class Look(NamedTuple):
+    """How a run is drawn."""
+
+    colour: tuple
+    marker: str | tuple
+    line: str
+    method: str
 
 
-def style(run: str) -> tuple:
-    """(colour, marker) of a run, the same in every figure."""
-    colour, marker = FAMILIES[family(run)]
-    return colour, MARKERS.get(run.rpartition("-")[2], marker)
+Looks = dict[str, Look]  # by run, in the order in which runs are listed
 
 
-def draw_all(results: Path, folder: Path, params: dict) -> None:
-    """Draw every figure into `folder`, which is replaced as a whole."""
-    budget = params["budget"]["budget"]
-    sns.set_theme(context="paper", style="whitegrid", font_scale=1.1)
-    summary = pd.read_csv(results / "summary.csv")
-    curves = pd.read_csv(results / "curves.csv")
-    positions = pd.read_csv(results / "positions.csv")
-    completions = gather(results / "runs", params)
+def looks(table: dict[str, Row]) -> Looks:
+    """How each run is drawn: by its method; a run at other settings or of another start as the run it is tuned as."""
+    runs, found = by_name(table), {}
+    for method, (colour, marker) in STYLES.items():
+        students = {name: row for name, row in runs.items() if row.family == "method" and row.start != "teacher"}
+        own = [name for name, row in students.items() if row.method == method]
+        shades, markers = [colour], VARIANTS if len(own) == len(VARIANTS) else (marker, *VARIANTS)
+        if len(own) > 1:
+            light, dark = (tuple(0.6 * part + 0.4 * grey for part in colour) for grey in (1, 0))
+            shades = sns.blend_palette([light, colour, dark][-len(own) :], len(own))
+        line = "-" if method in BUDGET_FREE else "--"
+        drawn = zip(own, shades, markers, strict=False)
+        found |= {name: Look(shade, mark, line, method) for name, shade, mark in drawn}
+    found |= {name: Look((0.0, 0.0, 0.0), "*", "-", "sft") for name, row in runs.items() if row.start == "teacher"}
+    return found | {name: found[row.tuned] for name, row in runs.items() if row.tuned in found and name not in found}
+
+
+def draw_default(results: Path, folder: Path) -> None:
+    """Draw the figures of the default experiment into `folder`, which is replaced as a whole."""
+    runs, budget = rows(part="default"), read_yaml(PARAMS)["budget"]["budget"]
+    style, summary = looks(rows()), pd.read_csv(results / "summary.csv")
+    completions = gather("completions", runs, results / "runs")
+    sampled = completions[(completions["split"] == "test") & (completions["decoding"] == "sampled")]
+    figures = {
+        "frontier": lambda: trade_off(summary, style, budget),
+        "cost_by_position": lambda: cost_by_position(pd.read_csv(results / "positions.csv"), style, budget),
+        "cost_distribution": lambda: cost_distribution(sampled, style, budget),
+        "training": lambda: training(pd.read_csv(results / "curves.csv"), style),
+    }
+    _draw(figures, folder)
+
+
+def draw_study(results: Path, folder: Path) -> None:
+    """Draw the figures of the study into `folder`, which is replaced as a whole.
+
+    Raises:
+        FileNotFoundError: a table is not in `results`/study.
+    """
+    style, target, tables = looks(rows()), read_yaml(EXPERIMENTS)["claims"]["target"], {}
+    soft = read_yaml(results / "chosen.yaml")["best"]["soft"]
+    for name in ("ablations", "frontier", "paired", "strength", "summary", "violation"):  # before any is drawn
+        path = results / "study" / f"{name}.csv"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: `make study` writes the study's tables.")
+        tables[name] = pd.read_csv(path)
+    figures = {
+        "frontier": lambda: frontier(tables["frontier"], style, target),
+        "paired": lambda: paired(tables["paired"], style, soft),
+        "sensitivity": lambda: sensitivity(tables["strength"]),
+        "ablations": lambda: ablations(tables["ablations"], style, rows()),
+        "capacity": lambda: capacity(tables["summary"], style),
+        "violation": lambda: violation(tables["violation"], style, [*TRACED, soft]),
+        "drift": lambda: drift(tables["summary"], style),
+    }
+    _draw(figures, folder)
+
+
+def _draw(figures: dict, folder: Path) -> None:
     with whole(folder) as unfinished:
-        for name, figure in {
-            "frontier": frontier(summary, budget),
-            "cost_by_position": cost_by_position(positions, budget),
-            "cost_distribution": cost_distribution(completions, list(summary["run"].unique()), budget),
-            "training": training(curves),
-        }.items():
-            save(figure, unfinished, name)
+        for name, figure in figures.items():
+            with sns.axes_style("whitegrid"), sns.plotting_context("paper", font_scale=1.1):
+                save(figure(), unfinished, name)
 
 
 def save(figure: plt.Figure, folder: Path, name: str) -> None:
@@ -69,97 +133,86 @@ def save(figure: plt.Figure, folder: Path, name: str) -> None:
     plt.close(figure)
 
 
-def frontier(summary: pd.DataFrame, budget: float) -> plt.Figure:
-    """Accuracy against constraint satisfaction, a point a run with its 95 % intervals."""
-    figure, axes = plt.subplots(figsize=(6.4, 4.2))
+# ---- the default experiment ----
+
+
+def trade_off(summary: pd.DataFrame, style: Looks, budget: float) -> plt.Figure:
+    """Accuracy against CSR, a point per run with its 95 % intervals."""
+    figure, axes = plt.subplots(figsize=(7.6, 4.2), layout="constrained")
     table = summary.set_index(["run", "measure"])
-    for run in summary["run"].unique():
-        colour, marker = style(run)
-        csr, accuracy = table.loc[(run, "csr")], table.loc[(run, "accuracy")]
-        axes.errorbar(
-            100 * csr["mean"],
-            100 * accuracy["mean"],
-            xerr=[[100 * (csr["mean"] - csr["low"])], [100 * (csr["high"] - csr["mean"])]],
-            yerr=[[100 * (accuracy["mean"] - accuracy["low"])], [100 * (accuracy["high"] - accuracy["mean"])]],
-            fmt=marker,
-            color=colour,
-            markersize=8,
-            markeredgecolor="white",
-            elinewidth=1,
-            alpha=0.9,
-            label=run,
-        )
-    axes.set_xlabel(f"trajectories within the budget of {budget:g} nats (%)")
-    axes.set_ylabel("right answers, sampled (%)")
-    axes.set_title("Upper right is better: right answers, within the budget", loc="left")
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    for run in _ordered(style, summary["run"].unique()):
+        (x, xerr), (y, yerr) = (_bars(table.loc[(run, name), ENDS]) for name in ("csr", "accuracy"))
+        _point(axes, run, style[run], x, y, xerr=xerr, yerr=yerr)
+    axes.set(xlabel=f"CSR at a budget of {budget:g} nats (%)", ylabel=LABELS["accuracy"])
+    _percent(axes.xaxis, axes.yaxis)
+    _titles(figure, "Upper right is better: accurate, and within the budget")
+    _legend(figure, [axes], style)
     return figure
 
 
-def cost_by_position(positions: pd.DataFrame, budget: float) -> plt.Figure:
+def cost_by_position(positions: pd.DataFrame, style: Looks, budget: float) -> plt.Figure:
     """Cumulative cost as the completion is written: median and upper tenth of trajectories, the budget drawn in."""
     mean = positions.groupby(["run", "position"], sort=False).mean(numeric_only=True).reset_index()
     runs = list(positions["run"].unique())
     columns = min(3, len(runs))
-    rows = -(-len(runs) // columns)
-    figure, grid = plt.subplots(
-        rows,
-        columns,
-        figsize=(2.2 * columns, 1.8 * rows + 0.9),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for axes, run in zip(grid.flat, runs, strict=False):
-        group, (colour, _) = mean[mean["run"] == run], style(run)
+    size = (2.2 * columns, 1.8 * -(-len(runs) // columns) + 0.9)
+    figure, panels = _panels(len(runs), columns, size, sharex=True, sharey=True)
+    for axes, run in zip(panels, runs, strict=True):
+        group, colour = mean[mean["run"] == run], style[run].colour
         axes.fill_between(group["position"], group["q10"], group["q90"], color=colour, alpha=0.25, linewidth=0)
         axes.plot(group["position"], group["q50"], color=colour, linewidth=1.8)
         axes.axhline(budget, color="black", linestyle="--", linewidth=1)
         axes.set_title(run, fontsize="medium")
-    for axes in list(grid.flat)[len(runs) :]:
-        axes.set_visible(False)
-    figure.supxlabel("position in the completion (tokens)", fontsize="medium")
     figure.supylabel("cumulative cost (nats)", fontsize="medium")
-    figure.suptitle("Line: median. Shade: 10 to 90 % of trajectories. Dashed: the budget", fontsize="medium")
+    question = "Line: median. Shade: 10 to 90 % of trajectories. Dashed: the budget"
+    _titles(figure, question, "position in the completion (tokens)")
     return figure
 
 
-def cost_distribution(completions: pd.DataFrame, runs: list[str], budget: float) -> plt.Figure:
-    """How trajectories' costs are spread, a box a run: quartiles, whiskers at 5 and 95 %."""
-    sampled = completions[completions["decoding"] == "sampled"]
-    figure, axes = plt.subplots(figsize=(6.4, 0.42 * len(runs) + 1.2))
-    sns.boxplot(
-        sampled,
-        x="cost",
-        y="run",
-        order=runs,
-        hue="run",
-        hue_order=runs,
-        palette=[style(run)[0] for run in runs],
-        whis=(5, 95),
-        showfliers=False,
-        width=0.65,
-        legend=False,
-        ax=axes,
-    )
+def cost_distribution(sampled: pd.DataFrame, style: Looks, budget: float) -> plt.Figure:
+    """The spread of trajectories' costs, a box per run: quartiles, whiskers at 5 and 95 %."""
+    runs = list(sampled["run"].unique())
+    figure, axes = plt.subplots(figsize=(6.4, 0.42 * len(runs) + 1.2), layout="constrained")
+    boxes = {"whis": (5, 95), "showfliers": False, "width": 0.65, "legend": False, "order": runs, "hue_order": runs}
+    palette = [style[run].colour for run in runs]
+    sns.boxplot(sampled, x="cost", y="run", hue="run", palette=palette, log_scale=True, ax=axes, **boxes)
     axes.axvline(budget, color="black", linestyle="--", linewidth=1)
-    axes.annotate(
-        "budget", (budget, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize="small"
-    )
-    axes.set_xscale("symlog", linthresh=1)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("cost of a trajectory (nats; quartiles, whiskers 5 to 95 %)")
-    axes.set_ylabel("")
+    place = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom", "fontsize": "small"}
+    axes.annotate("budget", (budget, 1.0), **place)
+    _logarithmic(axes.xaxis)
+    axes.set(xlabel="cost (nats) of a trajectory: quartiles, whiskers 5 to 95 %", ylabel="")
+    return figure
+
+
+def training(curves: pd.DataFrame, style: Looks) -> plt.Figure:
+    """Training: accuracy, CSR and cost of the rollouts, a line per run, mean over seeds, smoothed."""
+    titles = {"task_reward": "accuracy of rollouts (%)", "csr": "CSR of rollouts (%)", "cost/mean": "mean cost (nats)"}
+    runs = _ordered(style, curves["run"].unique())
+    figure, panels = _panels(len(titles), 3, (11, 3.4))
+    for axes, (column, title) in zip(panels, titles.items(), strict=True):
+        for place, run in enumerate(runs):
+            colour, marker, line, _ = style[run]
+            mean = curves[curves["run"] == run].groupby("step")[column].mean()
+            smooth = mean.rolling(max(1, len(mean) // 10), min_periods=1, center=True).mean()
+            every = (place * len(smooth) // (5 * len(runs)), max(1, len(smooth) // 5))  # no marker upon another
+            marks = {"marker": marker, "markevery": every, "markeredgecolor": "white", "markeredgewidth": 0.5}
+            axes.plot(smooth, color=colour, linestyle=line, linewidth=1.3, markersize=5.5, label=run, **marks)
+        axes.set_title(title, loc="left", fontsize="medium")
+        if column == "cost/mean":
+            axes.set_yscale("log")
+            _logarithmic(axes.yaxis)
+        else:
+            _percent(axes.yaxis)
+    _titles(figure, "What training does (dashed: methods that know the budget)", "step")
+    _legend(figure, panels, style)
     return figure
 
 
 def token_ledger(ledger: pd.DataFrame, budget: float) -> plt.Figure:
-    """One completion, token by token: what each cost, and how the budget ran down (from `evaluation.ledger`)."""
+    """One completion, token by token: its cost, and how the budget ran down (from `evaluation.ledger`)."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(0.34 * len(ledger) + 1.5, 4.2), sharex=True)
     place = range(len(ledger))
-    colours = [PALETTE[3] if left < 0 else PALETTE[0] for left in ledger["remaining"]]
-    top.bar(place, ledger["cost"], color=colours)
+    top.bar(place, ledger["cost"], color=[PALETTE[3] if left < 0 else PALETTE[0] for left in ledger["remaining"]])
     top.set_ylabel("cost (nats)")
     top.set_title("Blue: within the budget. Red: the budget is exhausted", loc="left", fontsize="medium")
     bottom.step(place, ledger["remaining"], where="mid", color="black")
@@ -170,19 +223,264 @@ def token_ledger(ledger: pd.DataFrame, budget: float) -> plt.Figure:
     return figure
 
 
-def training(curves: pd.DataFrame) -> plt.Figure:
-    """What training does: task reward, satisfaction and cost of the rollouts, a line a run, mean over seeds."""
-    panels = {"task_reward": "task reward", "csr": "within the budget", "cost/mean": "mean cost (nats)"}
-    figure, grid = plt.subplots(1, len(panels), figsize=(11, 3.2))
-    for axes, (column, label) in zip(grid, panels.items(), strict=True):
-        for run, group in curves.groupby("run", sort=False):
-            colour, marker = style(run)
-            mean = group.groupby("step")[column].mean()
-            smooth = mean.rolling(max(1, len(mean) // 10), min_periods=1, center=True).mean()
-            axes.plot(smooth.index, smooth, color=colour, marker=marker, markevery=0.2, markersize=5, label=run)
-        axes.set_xlabel("step")
-        axes.set_title(label, loc="left", fontsize="medium")
-    grid[-1].set_yscale("log")
-    grid[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
-    figure.tight_layout()
+# ---- the study ----
+
+
+def frontier(table: pd.DataFrame, style: Looks, target: float) -> plt.Figure:
+    """Accuracy against CSR, a panel per budget: the soft Lagrangians joined, runs trained for the budget ringed."""
+    budgets = sorted(table["budget"].unique())
+    columns = 3 if len(budgets) == 3 else 2
+    size = (8.4, 2.7 * -(-len(budgets) // columns) + 1.2)
+    figure, panels = _panels(len(budgets), columns, size, sharey=True)
+    for axes, budget in zip(panels, budgets, strict=True):
+        part = table[table["budget"] == budget].set_index("method")
+        runs = _ordered(style, part.index)
+        soft = [run for run in runs if style[run].method == "gkd-grpo"]
+        axes.plot(*part.loc[soft, ["csr", "accuracy"]].T.to_numpy(), color=STYLES["gkd-grpo"][0], linewidth=1.2)
+        for run in runs:
+            row = part.loc[run]
+            ring = {} if np.isnan(row["trained_at"]) else {"markeredgecolor": "black", "markeredgewidth": 1.2}
+            ends = ([name, f"{name}_low", f"{name}_high"] for name in ("csr", "accuracy"))
+            (x, xerr), (y, yerr) = (_bars(row[names]) for names in ends)
+            _point(axes, run, style[run], x, y, xerr=xerr, yerr=yerr, zorder=4 if ring else 3, **ring)
+        axes.axvline(target, color="black", linestyle="--", linewidth=1, zorder=1)
+        axes.set_title(f"budget: {budget:g} {'nat' if budget == 1 else 'nats'}", loc="left", fontsize="medium")
+        axes.set(xlabel=LABELS["csr"], ylabel=LABELS["accuracy"] if axes in panels[::columns] else "")
+        _percent(axes.xaxis, axes.yaxis)
+    _titles(figure, "Does a budget raise the CSR, and what does it cost in accuracy?")
+    rim = plt.Line2D([], [], marker="o", linestyle="", color="white", markeredgecolor="black", markeredgewidth=1.2)
+    dashes = plt.Line2D([], [], color="black", linestyle="--", linewidth=1)
+    _legend(figure, panels, style, ([rim, dashes], ["trained for it", f"CSR of {target:.0%}"]))
     return figure
+
+
+def paired(table: pd.DataFrame, style: Looks, soft: str) -> plt.Figure:
+    """Every run's difference to the soft Lagrangian `soft`, paired over seeds and prompts, a panel per measure."""
+    table = table[table["baseline"] == soft]
+    runs = _ordered(style, table["run"].unique())
+    figure = _forest(table, style, runs, runs, list(SHORT))
+    below = f"points more than {soft} (right of 0 is better)"
+    _titles(figure, f"Which methods do better than the best soft Lagrangian, {soft}?", below)
+    return figure
+
+
+def sensitivity(table: pd.DataFrame) -> plt.Figure:
+    """Each method's measures by lambda; strengths near its best accuracy within the budget have a black edge."""
+    strengths = table.groupby("method")["lam"].nunique()
+    methods = [method for method in STYLES if strengths.get(method, 0) > 1]  # one strength has no range
+    figure, panels = _panels(len(methods) or 1, len(methods) or 1, (8.4, 3.2), sharey=True)
+    dashes = {"csr": "--", "accuracy": ":"}
+    for axes, method in zip(panels, methods, strict=False):
+        look = Look(*STYLES[method], "-", method)
+        part = table[table["method"] == method].sort_values("lam").set_index("measure")
+        for measure, dash in dashes.items():
+            axes.plot(*part.loc[measure, ["lam", "mean"]].T.to_numpy(), linestyle=dash, color=GREY, linewidth=1.2)
+        within = part.loc["accuracy_within"]
+        axes.plot(within["lam"], within["mean"], color=look.colour, linewidth=1.8)
+        for _, row in within.iterrows():
+            y, yerr = _bars(row[ENDS])
+            edge = "black" if row["near_best"] else "white"
+            _point(axes, method, look, row["lam"], y, yerr=yerr, markeredgecolor=edge, markeredgewidth=1.3)
+        axes.set(xscale="log", xlabel="λ", ylabel="%" if axes is panels[0] else "")
+        axes.set_xticks(within["lam"], [f"{lam:g}" for lam in within["lam"]])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_title(method, loc="left", fontsize="medium")
+        _percent(axes.yaxis)
+    solid = plt.Line2D([], [], color=GREY, marker="o", linewidth=1.8, markeredgecolor="white")
+    edged = plt.Line2D([], [], color="white", marker="o", markeredgecolor="black", markeredgewidth=1.3, linestyle="")
+    lines = [plt.Line2D([], [], linestyle=dash, color=GREY, linewidth=1.2) for dash in dashes.values()]
+    labels = [SHORT["accuracy_within"], *map(SHORT.get, dashes), "within 5 % of the method's best"]
+    _titles(figure, "Over what range does λ work?")
+    figure.legend([solid, *lines, edged], labels, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def ablations(table: pd.DataFrame, style: Looks, runs: dict[str, Row]) -> plt.Figure:
+    """Each ablation's difference to the method it changes, below that method, paired over seeds and prompts."""
+    methods, changed = _ordered(style, table["baseline"].unique()), by_name(runs)
+    names = [run for method in methods for run in (method, *table.loc[table["baseline"] == method, "run"].unique())]
+    settings = {name: ", ".join(f"{key}: {value}" for key, value in changed[name].settings.items()) for name in names}
+    labels = [settings[name] or name for name in names]
+    figure = _forest(table, style, names, labels, ["csr", "accuracy_within"])
+    for axes in figure.axes:
+        for method in methods:
+            _point(axes, method, style[method], 0, names.index(method), markeredgecolor="black")
+    for label in figure.axes[0].get_yticklabels():
+        label.set_fontweight("bold" if label.get_text() in methods else "normal")
+    _titles(figure, "Which part of the method matters?", "points more than the method (bold) that is changed")
+    return figure
+
+
+def capacity(table: pd.DataFrame, style: Looks) -> plt.Figure:
+    """Accuracy and CSR of students with a tenth, three tenths, half and all of the teacher's parameters."""
+    runs = _ordered(style, table.loc[table["family"] == "capacity", "tuned"].unique())
+    usual = (table["family"] == "method") & (table["start"] == "student")
+    teacher = table[(table["start"] == "teacher") & (table["measure"] == "accuracy")]["mean"]
+    table = table[table["tuned"].isin(runs) & (usual | (table["family"] == "capacity"))]
+    table = table.assign(capacity=table["start"].map(CAPACITIES))
+    figure, panels = _panels(2, 2, (8.4, 3.4))
+    for axes, measure in zip(panels, ("accuracy", "csr"), strict=True):
+        for place, run in enumerate(runs):
+            part = table[(table["tuned"] == run) & (table["measure"] == measure)].sort_values("capacity")
+            at = part["capacity"] * 1.035 ** (place - (len(runs) - 1) / 2)  # side by side, not one upon another
+            y, yerr = _bars(part[ENDS].T)
+            _point(axes, run, style[run], at, y, yerr=yerr, linestyle=style[run].line)
+        if measure == "accuracy" and len(teacher):
+            axes.axhline(teacher.iloc[0], color="black", linestyle=":", label="the teacher")
+        axes.set_xscale("log")
+        axes.set_xticks(list(CAPACITIES.values()), [f"{share:g}" for share in CAPACITIES.values()])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_title(LABELS[measure], loc="left", fontsize="medium")
+        _percent(axes.yaxis)
+    question = "Does a wider gap to the teacher change which method does best? (dashed: knows the budget)"
+    _titles(figure, question, "student's parameters, as a share of the teacher's")
+    _legend(figure, panels, style)
+    return figure
+
+
+def violation(table: pd.DataFrame, style: Looks, traced: list[str]) -> plt.Figure:
+    """Accuracy, validity and confidence of completions by how much of the budget they spent, a line per run.
+
+    A bin of fewer than `FEW` completions is left out.
+    """
+    table = table[table["count"] >= FEW]
+    bins = table[["bin", "low"]].drop_duplicates().sort_values("low")
+    position = {name: at for at, name in enumerate(bins["bin"])}
+    runs = _ordered(style, table["run"].unique())
+    shown = [run for run in runs if run in traced]
+    titles = {"accuracy": "accuracy (%)", "validity": "every step valid (%)", "confidence": "confidence (%), own scale"}
+    figure, panels = _panels(len(titles), 3, (9.4, 3.4))
+    panels[1].sharey(panels[0])
+    for axes, (column, title) in zip(panels, titles.items(), strict=True):
+        for run in runs:
+            part = table[table["run"] == run].sort_values("low")
+            at = part["bin"].map(position)
+            if run in shown:
+                at = at + 0.1 * (shown.index(run) - (len(shown) - 1) / 2)  # side by side, not one upon another
+                options = {"linestyle": style[run].line, "markersize": 5, "linewidth": 1}
+                _point(axes, run, style[run], at, part[column], **options)
+            else:
+                axes.plot(at, part[column], color="0.75", linewidth=0.8, zorder=1)
+        axes.axvline((bins["low"] < 1).sum() - 0.5, color="black", linestyle="--", linewidth=1)
+        axes.set_xticks(list(position.values()), list(position), rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_title(title, loc="left", fontsize="medium")
+        _percent(axes.yaxis)
+    below = "what a completion spent, as a multiple of the budget; dashed: all of it"
+    _titles(figure, "What breaks when the budget is exceeded?", below)
+    _legend(figure, panels, style, ([plt.Line2D([], [], color="0.75", linewidth=0.8)], ["other methods"]))
+    return figure
+
+
+def drift(table: pd.DataFrame, style: Looks) -> plt.Figure:
+    """What goes with the distance from the teacher: a point per run, against its mean cost; methods large."""
+    table = table[table["start"].isin(["student", "teacher"])]
+    families = table.drop_duplicates("run").set_index("run")["family"]
+    table = table.set_index(["run", "measure"])
+    titles = {
+        "calibration_error": "calibration error (%; less is better)",
+        "diversity": "variety of phrasing (%)",
+        "style_distance": "distance from the teacher's phrasing (%)",
+        "longer_accuracy": "accuracy on longer problems (%)",
+    }
+    figure, panels = _panels(4, 2, (8.4, 6.2), sharex=True)
+    for axes, (measure, title) in zip(panels, titles.items(), strict=True):
+        for run in _ordered(style, families.index):
+            if (run, measure) not in table.index:
+                continue
+            cost, (y, yerr) = table.loc[(run, "cost"), "mean"], _bars(table.loc[(run, measure), ENDS])
+            small = {"markersize": 4.5, "alpha": 0.45, "label": None}
+            options = {"yerr": yerr, "zorder": 3} if families[run] == "method" else small
+            _point(axes, run, style[run], cost, y, **options)
+        axes.set_title(title, loc="left", fontsize="medium")
+        _percent(axes.yaxis)
+    for axes in panels[-2:]:
+        axes.set_xlabel("cost (nats)")
+    _titles(figure, "What goes with drift from the teacher? (small: methods at other settings)")
+    _legend(figure, panels, style)
+    return figure
+
+
+# ---- parts of figures ----
+
+
+def _ordered(style: Looks, runs: Iterable[str]) -> list[str]:
+    runs = set(runs)
+    return [run for run in style if run in runs]
+
+
+def _panels(count: int, columns: int, size: tuple, **shared) -> tuple[plt.Figure, list[plt.Axes]]:
+    """A figure and its first `count` panels, row by row."""
+    lines = -(-count // columns)
+    figure, grid = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained", **shared)
+    for axes in grid.flat[count:]:
+        axes.set_visible(False)
+    return figure, list(grid.flat[:count])
+
+
+def _bars(ends) -> tuple[np.ndarray, np.ndarray]:
+    """Means and how far their intervals reach below and above, (2, n), of means, lower and upper ends: (3, ...)."""
+    mean, low, high = np.asarray(ends, dtype=float)
+    return mean, np.clip([mean - low, high - mean], 0, None).reshape(2, -1)
+
+
+def _point(axes: plt.Axes, run: str, look: Look, x, y, **options):
+    """Points of a run in its colour and marker, with what bars there are."""
+    usual = {"markersize": 7, "markeredgecolor": "white", "markeredgewidth": 0.6, "elinewidth": 0.9, "linestyle": ""}
+    if look.method in OUTLINED:
+        usual |= {"markerfacecolor": "none", "markeredgecolor": look.colour, "markeredgewidth": 1.2, "markersize": 6}
+    options = usual | {"label": run} | options
+    if isinstance(look.marker, tuple) or look.marker == "*":  # stars have less ink
+        options["markersize"] *= 1.6
+    return axes.errorbar(x, y, color=look.colour, marker=look.marker, **options)
+
+
+def _titles(figure: plt.Figure, question: str, below: str = "") -> None:
+    """The question a figure answers, above it; what its horizontal axes show, below."""
+    figure.suptitle(question, x=0.01, ha="left", fontweight="bold", fontsize="medium")
+    figure.supxlabel(below, fontsize="medium")
+    figure.get_layout_engine().set(h_pad=0.07)
+
+
+def _percent(*axes) -> None:
+    """Shares as per cent, at round numbers, none of them rounded."""
+    for axis in axes:
+        axis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
+        axis.set_major_formatter(lambda value, _: f"{100 * value:.4g}")
+
+
+def _logarithmic(axis) -> None:
+    """Ticks of a log axis at 1, 2 and 5 times each power of ten, in plain figures."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def _forest(table: pd.DataFrame, style: Looks, runs: list[str], labels: list[str], measures: list[str]) -> plt.Figure:
+    """Paired differences in points: a row per run, a panel per measure; a row of no difference stays empty."""
+    table = table.set_index(["run", "measure"])
+    size = (2.8 + 1.7 * len(measures), 0.28 * len(runs) + 1.3)
+    figure, panels = _panels(len(measures), len(measures), size, sharey=True)
+    for axes, measure in zip(panels, measures, strict=True):
+        for place, run in enumerate(runs):
+            if (run, measure) in table.index:
+                x, xerr = _bars(100 * table.loc[(run, measure), ["difference", "low", "high"]])
+                _point(axes, run, style[run], x, place, xerr=xerr, markersize=6.5)
+        axes.axvline(0, color="black", linewidth=1, zorder=1)
+        axes.set_title(SHORT[measure], loc="left", fontsize="medium")
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        axes.grid(axis="y", linewidth=0.4)
+    panels[0].set_yticks(range(len(runs)), labels)
+    panels[0].set_ylim(len(runs) - 0.3, -0.7)
+    return figure
+
+
+def _legend(figure: plt.Figure, panels: list, style: Looks, extra: tuple[list, list] = ([], [])) -> None:
+    """One legend for all panels, of every run any of them shows: at the right, or below where it is long."""
+    found = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    names = [*_ordered(style, found), *(name for name in found if name not in style)]
+    handles = [found[name] for name in names]
+    place = {"loc": "outside right center"} if len(names) < 11 else {"loc": "outside lower center", "ncols": 5}
+    figure.legend([*handles, *extra[0]], [*names, *extra[1]], frameon=False, **place)
