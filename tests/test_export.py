@@ -1,44 +1,39 @@
 """What is exported loads without this package, computes what the student computed, and says what it is."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
-import yaml
 from conftest import WORDS, make_model, make_tokenizer
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
+from test_models import write_gguf, write_model
 from transformers import AutoModelForCausalLM
 
-from cmdp import cli
-from cmdp.export import export
-from cmdp.models import build_tokenizer
+from cmdp.export import card, export, hub_id
+from cmdp.models import ModelSpec, build_tokenizer, load_pair
 
-SETTINGS = {
-    "run": "cmdp-hinge",
+RECORD = {
+    "run": "hinge-a",
     "method": "cmdp-hinge",
-    "seed": "0",
-    "base_model": "models/student",
-    "reward_form": "hinge",
-    "lam": 0.3,
-    "budget": 0.15,
-    "budget_form": "per_token",
+    "seed": 3,
+    "settings": {"reward_form": "hinge", "lam": 0.25, "budget": 0.15, "budget_form": "per_token", "max_steps": 7},
+    "task": {"name": "arithmetic"},
+    "student": "org/student",
+    "teacher": "/models/some/teacher.gguf",
+    "provenance": {"commit": "0123abc", "python": "3.11.9", "libraries": {"torch": "2.13.0", "trl": "1.16.0"}},
+    "measured": {
+        "accuracy": {"mean": 0.744, "low": 0.717, "high": 0.77},
+        "csr": {"mean": 0.779, "low": 0.738, "high": 0.819},
+        "kl_per_token": {"mean": 0.061234, "low": 0.05, "high": 0.07},
+        "greedy_accuracy": {"mean": float("nan"), "low": float("nan"), "high": float("nan")},
+        "seeds": 3,
+        "prompts": 200,
+    },
 }
-SUMMARY = pd.DataFrame(
-    [
-        ("cmdp-hinge", "accuracy", 0.744, 0.717, 0.77, 3),
-        ("cmdp-hinge", "csr", 0.779, 0.738, 0.819, 3),
-        ("cmdp-hinge", "accuracy_within", 0.628, 0.583, 0.671, 3),
-        ("cmdp-hinge", "kl_per_token", 0.06123, 0.05, 0.07, 3),
-        ("sft", "csr", 0.111, 0.1, 0.2, 3),
-    ],
-    columns=["run", "measure", "mean", "low", "high", "seeds"],
-)
 # Run by a Python that has the libraries but cannot import cmdp
 DEPLOYMENT = """
 import importlib.abc, sys, torch
@@ -61,6 +56,23 @@ assert not [name for name in sys.modules if name.partition(".")[0] in ("cmdp", "
 """
 
 
+def save(folder: Path, model, tokenizer, **changes) -> Path:
+    """As training saves a student."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "cmdp.json").write_text(json.dumps(RECORD | changes))
+    (folder / "training.csv").write_text("step\n1\n")
+    return folder
+
+
+def move(student, std: float = 0.3) -> None:
+    """Take a new adapter, which changes nothing, away from its start."""
+    torch.manual_seed(0)
+    for name, parameter in student.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter, std=std)
+
+
 @pytest.fixture
 def run(tmp_path):
     """A base model, and a student over it as a LoRA adapter that is not the identity."""
@@ -68,14 +80,8 @@ def run(tmp_path):
     make_model(tokenizer, seed=0).save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     student = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in student.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
-    student.save_pretrained(tmp_path / "cmdp-hinge-0")
-    tokenizer.save_pretrained(tmp_path / "cmdp-hinge-0")
-    return tmp_path / "cmdp-hinge-0"
+    move(student)
+    return save(tmp_path / "run", student, tokenizer, student=str(tmp_path / "base"))
 
 
 def logits(model) -> torch.Tensor:
@@ -95,96 +101,160 @@ def deploy(folder: Path, cwd: Path) -> tuple[torch.Tensor, list[int]]:
 
 
 @pytest.mark.parametrize("merge", [True, False], ids=["merged", "adapter"])
-def test_an_exported_adapter_computes_the_students_logits_without_this_package(run, tmp_path, merge):
+def test_an_exported_adapter_computes_the_students_logits_without_this_package(run, tmp_path, monkeypatch, merge):
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     before = logits(base)
     student = logits(PeftModel.from_pretrained(base, run))
     assert (student - before).abs().max() > 1e-2  # the adapter does something
-    export(run, tmp_path / "out", SETTINGS, SUMMARY, "abc", merge)
-    deployed, ids = deploy(tmp_path / "out", tmp_path)
+    monkeypatch.chdir(tmp_path)  # where the base has a relative name; it loads from elsewhere too
+    (run / "cmdp.json").write_text(json.dumps(RECORD | {"student": "./base"}))
+    export(run, tmp_path / "out", merge)
+    (tmp_path / "elsewhere").mkdir()
+    deployed, ids = deploy(tmp_path / "out", tmp_path / "elsewhere")
     torch.testing.assert_close(deployed, student, rtol=1e-4, atol=1e-4)
     assert len(ids) > 3
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert ("model.safetensors" in names) == merge
     assert ("adapter_model.safetensors" in names) != merge
-    assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl", ".py"))]
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl", ".py", ".csv"))]
+    assert "cmdp.json" not in names
+    assert str(tmp_path) not in (tmp_path / "out/README.md").read_text()
 
 
-def test_a_student_trained_whole_is_exported_as_it_is(tmp_path, monkeypatch):
-    tokenizer = build_tokenizer(WORDS)
-    student = make_model(tokenizer, seed=0)
-    student.save_pretrained(tmp_path / "models/runs/cmdp-hinge/0")
-    tokenizer.save_pretrained(tmp_path / "models/runs/cmdp-hinge/0")
-    params = {"threads": 1, "budget": {"budget": 1.5, "budget_form": "total"}, "train": {"max_steps": 7}}
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params | {"runs": {"cmdp-hinge": {"lam": 0.25}}}))
-    (tmp_path / "results").mkdir()
-    SUMMARY.to_csv(tmp_path / "results/summary.csv", index=False)
-    (tmp_path / "results/provenance.json").write_text('{"commit": "0123abc"}')
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "set_up", lambda params, offline: None)
-    monkeypatch.setattr(sys, "argv", ["cmdp", "export", "models/runs/cmdp-hinge/0", "out"])
-    cli.main()
-    torch.testing.assert_close(deploy(tmp_path / "out", tmp_path)[0], logits(student), rtol=1e-6, atol=1e-6)
-    text = (tmp_path / "out/README.md").read_text()
-    for fact in ("lam: 0.25", "max_steps: 7", "budget: 1.5 nats in total", "`0123abc`", "seed 0"):
-        assert fact in text
-    with pytest.raises(SystemExit, match="There is something at out already"):
-        cli.main()
+def test_a_student_trained_whole_is_exported_as_it_is(tmp_path):
+    student = make_model(tokenizer := build_tokenizer(WORDS), seed=0)
+    (run := save(tmp_path / "run", student, tokenizer)).joinpath("optimizer.pt").write_bytes(b"")
+    export(run, tmp_path / "out", merge=True)
+    torch.testing.assert_close(deploy(tmp_path / "out", tmp_path)[0], logits(student), rtol=0, atol=1e-6)
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (run / name).read_bytes()
+    assert not (tmp_path / "out/optimizer.pt").exists()
+    with pytest.raises(ValueError, match="out exists already"):
+        export(run, tmp_path / "out")
 
 
-@pytest.mark.parametrize("place", ["results/tiny", "profiles"])
-def test_the_card_of_a_profiles_student_has_the_profiles_settings_and_measures(run, tmp_path, monkeypatch, place):
-    student = tmp_path / "models/tiny/cmdp-hinge/3"
-    shutil.copytree(run, student)
-    (tmp_path / "params.yaml").write_text("threads: 1\nbudget: {budget: 99.0}\ntrain: {max_steps: 99}\nruns: {}\n")
-    profile = {
-        "student": {"model": str(tmp_path / "base")},
-        "budget": {"budget": 0.25, "budget_form": "per_token"},
-        "train": {"max_steps": 7},
-        "runs": {"cmdp-hinge": None},
-    }
-    for folder in (place, "results/tiny"):
-        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-    (tmp_path / place / ("tiny.yaml" if place == "profiles" else "profile.yaml")).write_text(yaml.safe_dump(profile))
-    SUMMARY.to_csv(tmp_path / "results/tiny/summary.csv", index=False)
-    (tmp_path / "results/tiny/provenance.json").write_text('{"commit": "0123abc"}')
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "set_up", lambda params, offline: None)
-    monkeypatch.setattr(sys, "argv", ["cmdp", "export", str(student), "out"])
-    cli.main()
-    text = (tmp_path / "out/README.md").read_text()
-    for fact in ("max_steps: 7", "budget: 0.25 nats a token", "`0123abc`", "seed 3", "| 77.9 | [73.8, 81.9] |"):
-        assert fact in text
-    assert "99" not in text
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    "adapted",
+    [
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=str,
+)
+def test_an_adapter_on_embeddings_or_head_is_merged_as_it_was_trained(tmp_path, adapted, tied):
+    base = make_model(tokenizer := make_tokenizer(), seed=0)
+    if not tied:
+        base.config.tie_word_embeddings = False
+        base.lm_head.weight = torch.nn.Parameter(torch.randn_like(base.lm_head.weight))
+    base.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    student = get_peft_model(base, LoraConfig(r=4, task_type="CAUSAL_LM", **adapted))
+    move(student)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "modules_to_save" in name:
+                parameter += torch.randn_like(parameter)
+    expected = logits(student)
+    run = save(tmp_path / "run", student, tokenizer, student=str(tmp_path / "base"))
+    for merge in (True, False):
+        export(run, tmp_path / f"out-{merge}", merge)
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / f"out-{merge}")
+        torch.testing.assert_close(logits(exported), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_card_says_what_was_measured_of_this_run_alone(run, tmp_path):
-    export(run, tmp_path / "out", SETTINGS, SUMMARY, "abc", False)
-    card = ModelCard.load(tmp_path / "out/README.md")
-    assert card.data.library_name == "peft"
-    assert {"cmdp", "distillation", "cmdp-hinge"} <= set(card.data.tags)
+@pytest.mark.parametrize("named", ["by its path", "in its folder"])
+def test_an_adapter_over_a_gguf_file_is_exported_merged(tmp_path, named):
+    folder = write_model(tmp_path / "base", "llama", 0, rope_theta=10000.0, tie_word_embeddings=False)
+    write_gguf(tmp_path / "base.gguf", folder)
+    where = {"model": str(tmp_path / "base.gguf")}
+    if named == "in its folder":
+        where = {"model": str(tmp_path), "gguf_file": "base.gguf"}
+    student, _, tokenizer = load_pair(ModelSpec(**where, lora={"r": 2}), ModelSpec(folder), use_cpu=True)
+    move(student)
+    run = save(tmp_path / "run", student, tokenizer, student=where.pop("model"), **where)
+    export(run, tmp_path / "out", merge=True)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(exported), logits(student), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="GGUF file cannot be loaded by itself: export it merged"):
+        export(run, tmp_path / "alone")
+    assert not (tmp_path / "alone").exists()
+
+
+def test_the_card_says_what_was_recorded_at_training(run, tmp_path):
+    export(run, tmp_path / "out")
+    loaded = ModelCard.load(tmp_path / "out/README.md")
+    assert loaded.data.library_name == "peft"
+    assert {"cmdp", "distillation", "cmdp-hinge"} <= set(loaded.data.tags)
     for fact in (
-        "| 77.9 | [73.8, 81.9] |",
-        "| 0.0612 | [0.0500, 0.0700] |",
-        "| 74.4 |",
-        "3 seed(s)",
-        "0.15 nats a token",
+        "base model: base (local)",
+        "teacher: teacher.gguf (local)",
+        "method: cmdp-hinge (run hinge-a, seed 3)",
+        "budget: 0.15 nats per token\n",
+        "commit 0123abc",
+        "torch 2.13.0, trl 1.16.0",
+        "lam: 0.25\n",
+        "max_steps: 7\n",
+        "| csr | 0.779 | [0.738, 0.819] |",
+        "| kl_per_token | 0.06123 | [0.05, 0.07] |",
+        "200 held-out prompts, 3 training seed(s)",
+        '"out"',
     ):
-        assert fact in card.text
-    assert "11.1" not in card.text
+        assert fact in loaded.text
+    assert "nan" not in loaded.text
 
 
-def test_the_card_of_an_adapter_on_a_hub_model_names_it_and_an_unmeasured_run_says_so(run, tmp_path):
-    config = json.loads((run / "adapter_config.json").read_text())
-    (run / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "someone/some-model"}))
-    export(run, tmp_path / "out", SETTINGS, None, "abc", False)  # copies the adapter: the base is not loaded
-    card = ModelCard.load(tmp_path / "out/README.md")
-    assert card.data.base_model == "someone/some-model"
-    assert "Nothing: no results of this run" in card.text
+def test_the_card_of_an_unmeasured_run_and_of_a_method_without_constraint_say_so():
+    text = card("out", RECORD | {"measured": None}, "org/student", False).text
+    assert "Nothing yet." in text
+    assert "does not enforce" not in text
+    settings = {"budget": 2.0, "budget_form": "total", "reward_form": "lagrangian"}
+    assert (
+        "2 nats per completion, which the method does not enforce"
+        in card("out", RECORD | {"settings": settings}, "", False).text
+    )
 
 
-def test_weights_that_are_no_safetensors_are_refused(run, tmp_path):
+def test_the_metadata_name_a_base_model_on_the_hub_alone(run, tmp_path, monkeypatch):
+    (run / "cmdp.json").write_text(json.dumps(RECORD))
+    export(run, tmp_path / "out")  # copies the adapter: the base is not loaded
+    assert ModelCard.load(tmp_path / "out/README.md").data.base_model == "org/student"
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == "org/student"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org/local").mkdir(parents=True)
+    for name in (
+        "org/local",
+        "/models/m",
+        "./models/m",
+        "../m",
+        "./m",
+        "~/m",
+        "a/b/c",
+        "org/m.gguf",
+        "m",
+        "",
+        "C:\\m\\n",
+        None,
+    ):
+        assert hub_id(name) is None, name
+        assert card("out", RECORD, name, False).data.base_model is None
+
+
+def test_a_folder_without_record_weights_or_base_is_refused_in_one_line(run, tmp_path):
+    (run / "cmdp.json").write_text(json.dumps(RECORD | {"student": "results/start/student"}))
+    for merge in (True, False):
+        with pytest.raises(FileNotFoundError, match=r"There is no .*results/start/student") as raised:
+            export(run, tmp_path / "out", merge)
+        assert "\n" not in str(raised.value)
     (run / "adapter_model.safetensors").rename(run / "adapter_model.bin")
-    with pytest.raises(FileNotFoundError, match="with safetensors, is needed"):
-        export(run, tmp_path / "out", SETTINGS, SUMMARY, "abc", True)
+    with pytest.raises(FileNotFoundError, match="no weights in safetensors"):
+        export(run, tmp_path / "out")
+    (run / "cmdp.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"There is no cmdp\.json in .*: name the folder of a student"):
+        export(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
