@@ -20,7 +20,7 @@ import yaml
 
 from cmdp.statistics import MANY_RESAMPLES, bootstrap, bounds, cells, interval, with_budget
 from cmdp.storage import read_yaml, write_table
-from cmdp.tasks import load_task
+from cmdp.tasks import load_problems
 from replication.experiments import EXPERIMENTS, PARAMS, RESULTS, gather, rows
 from replication.tables import MEASURES, difference, ranges, read_completions, read_trials, wins
 
@@ -277,11 +277,10 @@ def read_study(results: Path = RESULTS) -> Study:
 
 def problem_steps(params: dict) -> np.ndarray:
     """How many steps each held-out problem takes: drawn again, since results files hold no problems."""
-    task = params["task"]
-    splits = load_task(task["name"]).problems(task["sizes"], tuple(task["steps"]), task["seed"])
-    return np.array([problem["solution"].count(" ; ") for problem in splits[params["evaluate"]["split"]]])
+    held_out = load_problems(params["task"])[params["evaluate"]["split"]]
+    return np.array([problem["solution"].count(" ; ") for problem in held_out])
 
 
-def write_claims(results: Path = RESULTS) -> None:
+def write(results: Path = RESULTS) -> None:
     """Write results/study/claims.csv. Needs the study's tables (`tables.write_study`)."""
     write_table(judge(read_study(results)), results / "study" / "claims.csv")

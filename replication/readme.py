@@ -1,170 +1,180 @@
-"""The README's generated tables: written between markers, from results files."""
+"""Generated tables of README.md and docs/: written between markers, from results files alone."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 
-from cmdp.collect import gather
-from cmdp.statistics import with_budget
-from cmdp.storage import read_yaml
-from replication.tables import difference
+from cmdp.storage import read_yaml, write_text
+from replication.experiments import RESULTS, gather, rows
 from replication.theory import OURS
 from replication.theory.tables import percent, sampled_learners
-from replication.tune import best
 
 COLUMNS = {
-    "accuracy": "right answers (%)",
-    "csr": "within budget (%)",
-    "accuracy_within": "both (%)",
-    "validity": "every step right (%)",
+    "accuracy": "accuracy (%)",
+    "csr": "CSR (%)",
+    "accuracy_within": "accuracy within budget (%)",
+    "greedy_accuracy": "greedy accuracy (%)",
     "cost": "mean cost (nats)",
 }
+COMPARED = {"accuracy": "accuracy", "csr": "CSR", "accuracy_within": "accuracy within budget", "validity": "validity"}
 
 
-def results_table(summary: pd.DataFrame) -> str:
-    """The summary as a Markdown table: a row a run, mean with its 95 % interval."""
-    table = summary.set_index(["run", "measure"])
-    seeds = summary["seeds"].max()
-    lines = ["| run | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for run in summary["run"].unique():
-        row = [_cell(table.loc[(run, measure)], 1 if measure == "cost" else 100) for measure in COLUMNS]
-        lines.append(f"| {run} | " + " | ".join(row) + " |")
-    lines.append("")
-    lines.append(f"Held-out prompts, sampled at temperature 1; {seeds} seeds; in brackets 95 % bootstrap intervals.")
-    return "\n".join(lines)
+def fill_all(results: Path = RESULTS) -> None:
+    """Write every generated table into its file (`FILES`)."""
+    for path in map(Path, FILES):
+        write_text(filled(path, results), path)
 
 
-def paired_table(completions: pd.DataFrame, trials: pd.DataFrame, budget: dict) -> str:
-    """The constrained methods minus the soft Lagrangian that did best on validation prompts, as a Markdown table.
+def filled(path: Path, results: Path = RESULTS) -> str:
+    """The text of `path` with its generated tables; one whose results are missing stays as it is.
 
-    Args:
-        completions: of all runs and seeds.
-        trials: of tuning, which names the soft Lagrangian.
-        budget: `budget` and `budget_form`.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it lacks a marker.
     """
-    rival = best(trials, "gkd-grpo")
-    sampled = with_budget(completions[completions["decoding"] == "sampled"], **budget)
-    measures = {"correct": "accuracy", "satisfied": "csr", "correct_within": "accuracy_within"}
-    if rival not in set(sampled["run"]):
-        return f"`{rival}`, the soft Lagrangian to compare with, was not run."
-    lines = [f"| minus {rival}, paired | " + " | ".join(COLUMNS[name] for name in measures.values()) + " |"]
-    lines.append("|---" * (len(measures) + 1) + "|")
-    for run in [run for run in sampled["run"].unique() if run.startswith("cmdp")]:
-        ours, theirs = (sampled[sampled["run"] == name] for name in (run, rival))
-        row = []
-        for column in measures:
-            mean, low, high, _ = difference(ours, theirs, column)
-            row.append(f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]")
-        lines.append(f"| {run} | " + " | ".join(row) + " |")
-    return "\n".join(lines)
+    text = path.read_text(encoding="utf-8")
+    for name, table in FILES[str(path)].items():
+        begin, end = f"<!-- {name}: generated -->\n", f"<!-- {name}: end -->"
+        if begin not in text or end not in text:
+            raise ValueError(f"{path} lacks the markers of {name!r}: add {begin.strip()} and {end}.")
+        before, _, rest = text.partition(begin)
+        try:
+            text = f"{before}{begin}{table(results)}\n{end}{rest.partition(end)[2]}"
+        except FileNotFoundError as error:
+            print(f"{path}: the table {name} stays as it is. {error}")
+    return text
 
 
-def wide(table: pd.DataFrame, index: str, columns: str, value: str = "mean") -> pd.DataFrame:
-    """A long table of shares laid out for reading, in its own order: per cent, with intervals in brackets."""
-    shown = [_cell(row, 100) for _, row in table.rename(columns={value: "mean"}).iterrows()]
-    laid_out = table.assign(shown=shown).pivot(index=index, columns=columns, values="shown")
-    return laid_out.loc[table[index].unique(), table[columns].unique()].fillna("")
+def markdown(columns: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *lines))
 
 
-def _cell(row: pd.Series, scale: int, digits: int = 1) -> str:
+def cell(row: pd.Series, scale: int = 100, digits: int = 1) -> str:
+    """A mean with its interval: `97.1 [96.5, 97.6]`."""
     mean, low, high = (f"{scale * row[name]:z.{digits}f}" for name in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
 
 
-def theory_table(results: Path) -> str:
-    """Learners on token trees against the exact optimum: a row a method, with 95 % intervals."""
-    table = sampled_learners(results)
-    table = table.rename(index={"soft optimum, never": "*soft Lagrangian, best λ per tree, exact*"})
-    ours = {method: f"{method} (ours)" for method in OURS}
-    table = table[~table.index.str.startswith("soft optimum")].rename(index=ours)
-    lines = ["| learner | reward, % of the optimum's | within budget (%) |", "|---|---|---|"]
-    for method, reward, csr in zip(table.index, percent(table, "of_optimum"), percent(table, "csr"), strict=True):
-        lines.append(f"| {method} | {reward} | {csr} |")
-    shares = json.loads((results / "summary.json").read_text(encoding="utf-8"))["results"]["mean_is_not_enough"]
-    least, median, most = (f"{100 * shares[name]:.0f}" for name in ("min", "median", "max"))
-    lines.append("")
-    trees = table["trees"].iloc[0]
-    lines.append(f"{trees} held-out trees, all budgets; in brackets 95 % bootstrap intervals over trees. The best soft")
-    lines.append(
-        f"Lagrangian that meets the budget on average leaves {least} to {most} % of a tree's trajectories over it"
+def wide(table: pd.DataFrame, index: str, columns: str, value: str = "mean") -> pd.DataFrame:
+    """A long table of shares laid out for reading, in its own order: per cent, with intervals in brackets."""
+    shown = [cell(row) for _, row in table.rename(columns={value: "mean"}).iterrows()]
+    laid_out = table.assign(shown=shown).pivot(index=index, columns=columns, values="shown")
+    return laid_out.loc[table[index].unique(), table[columns].unique()].fillna("")
+
+
+def measures_table(summary: pd.DataFrame, columns: dict[str, str], before: tuple[str, ...] = ()) -> str:
+    """A row per run: its `before` columns, and each measure of `columns` with its interval, or - where it has none."""
+    table, lines = summary.set_index(["run", "measure"]), []
+    for run in summary["run"].unique():
+        about = [str(table.loc[(run, "accuracy"), name]) for name in before]
+        cells = [
+            cell(table.loc[(run, name)], 100 if "%" in title else 1, 3 if name == "kl_per_token" else 1)
+            if (run, name) in table.index
+            else "-"
+            for name, title in columns.items()
+        ]
+        lines.append([run, *about, *cells])
+    return markdown(["run", *before, *columns.values()], lines)
+
+
+def results_table(summary: pd.DataFrame) -> str:
+    """An experiment's summary: a row per run, mean with its 95 % interval."""
+    note = (
+        f"Held-out prompts, sampled at temperature 1 unless greedy; {summary['seeds'].max()} seeds; in brackets 95 % "
     )
-    lines.append(f"(median {median} %).")
-    return "\n".join(lines)
+    return f"{measures_table(summary, COLUMNS)}\n\n{note}bootstrap intervals."
 
 
-def claims_table(verdicts: pd.DataFrame) -> str:
-    """The claims and their verdicts as a Markdown table."""
-    lines = ["| | claim | published | verdict here | evidence | conditions |", "|---" * 6 + "|"]
-    for row in verdicts.itertuples():
-        cells = (row.id, row.claim, row.published, f"**{row.verdict}**", row.evidence, row.conditions)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def default_table(results: Path) -> str:
+    """The default experiment's summary, with the sizes of its models."""
+    sizes = gather("times", rows(), results / "runs").drop_duplicates("run").set_index("run")["parameters"]
+    table = results_table(pd.read_csv(results / "summary.csv"))
+    return f"{table} The student has {sizes['sft']:,} parameters, the teacher {sizes['teacher']:,}."
 
 
-def study_table(summary: pd.DataFrame) -> str:
-    """Every method of the study as a Markdown table: a row an arm, mean with its 95 % interval."""
+def verdicts_table(results: Path) -> str:
+    """The claims and their verdicts alone."""
+    claims = pd.read_csv(results / "study" / "claims.csv")[["id", "claim", "published", "verdict"]]
+    lines = claims.assign(verdict="**" + claims["verdict"] + "**").to_numpy().tolist()
+    return markdown(["", "claim", "published", "verdict here"], lines)
+
+
+def claims_table(results: Path) -> str:
+    """The claims with verdicts, evidence and conditions."""
+    claims = pd.read_csv(results / "study" / "claims.csv")
+    lines = claims.assign(verdict="**" + claims["verdict"] + "**").to_numpy().tolist()
+    return markdown(["", "claim", "published", "verdict here", "evidence", "conditions"], lines)
+
+
+def study_table(results: Path) -> str:
+    """Every method of the study: a row per run, mean with its 95 % interval."""
+    summary, default = (pd.read_csv(results / name) for name in ("study/summary.csv", "summary.csv"))
     methods = summary[summary["family"] == "method"]
-    table = methods.set_index(["arm", "measure"])
-    columns = COLUMNS | {"lucky": "right by wrong steps (%)", "longer_accuracy": "right on longer problems (%)"}
-    lines = ["| arm | seeds | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 2) + "|"]
-    for arm in methods["arm"].unique():
-        row = [_cell(table.loc[(arm, measure)], 1 if measure == "cost" else 100) for measure in columns]
-        lines.append(f"| {arm} | {table.loc[(arm, 'accuracy'), 'seeds']} | " + " | ".join(row) + " |")
-    return "\n".join(lines)
+    greedy = default[(default["measure"] == "greedy_accuracy") & default["run"].isin(methods["run"])]
+    columns = COLUMNS | {"greedy_accuracy": "greedy accuracy (%; default seeds)", "validity": "every step valid (%)"}
+    columns |= {"lucky": "correct by invalid steps (%)", "longer_accuracy": "accuracy on longer problems (%)"}
+    return measures_table(pd.concat([methods, greedy]), columns, ("seeds",))
+
+
+def paired_table(results: Path) -> str:
+    """Every run minus the soft Lagrangian that did best on validation prompts, in points."""
+    soft = read_yaml(results / "chosen.yaml")["best"]["soft"]
+    table = pd.read_csv(results / "study" / "paired.csv").query("baseline == @soft").set_index(["run", "measure"])
+    lines = []
+    for run in table.index.unique("run"):
+        ends = [100 * table.loc[(run, name), ["difference", "low", "high"]].astype(float) for name in COMPARED]
+        lines.append([run, *(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" for mean, low, high in ends)])
+    return markdown([f"points more than {soft}", *COMPARED.values()], lines)
+
+
+def theory_table(results: Path) -> str:
+    """Learners on token trees against the exact optimum: a row per method, with 95 % intervals."""
+    table = sampled_learners(results / "theory").rename(
+        index={"soft optimum, never": "*soft Lagrangian, best λ per tree, exact*"}
+    )
+    table = table[~table.index.str.startswith("soft optimum")].rename(index={name: f"{name} (ours)" for name in OURS})
+    columns = zip(table.index, percent(table, "of_optimum"), percent(table, "csr"), strict=True)
+    found = json.loads((results / "theory" / "summary.json").read_text(encoding="utf-8"))["results"]
+    least, median, most = (f"{100 * found['mean_is_not_enough'][name]:.0f}" for name in ("min", "median", "max"))
+    return (
+        markdown(["learner", "reward, % of the optimum's", "CSR (%)"], [list(line) for line in columns])
+        + f"\n\n{table['trees'].iloc[0]} held-out trees, all budgets; in brackets 95 % bootstrap intervals over trees. "
+        f"The best soft\nLagrangian that meets the budget on average leaves {least} to {most} % of a tree's "
+        f"trajectories over it\n(median {median} %)."
+    )
 
 
 def laptop_table(results: Path) -> str:
-    """What a run of profiles/laptop.yaml measured as a Markdown table: a row a method, and what it was run on."""
-    table = pd.read_csv(results / "summary.csv").set_index(["run", "measure"])
-    times = pd.read_csv(results / "timing.csv").set_index("run")
-    profile = read_yaml(results / "profile.yaml")
-    memory = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((results / "memory").glob("*/*.json"))]
-    measures = {"accuracy": COLUMNS["accuracy"], "csr": COLUMNS["csr"], "kl_per_token": "nats a token"}
-    measures |= {"cost": COLUMNS["cost"]}
+    """The measures of profiles/laptop.yaml: a row per run, and what it was run on."""
+    folder = results / "laptop"
+    summary, times = pd.read_csv(folder / "summary.csv"), pd.read_csv(folder / "timing.csv").set_index("run")
+    profile = read_yaml(folder / "profile.yaml")
+    memory = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "memory").glob("*/*.json"))]
     phases = ("generation", "scoring", "update")
-    lines = ["| run | " + " | ".join(measures.values()) + " | seconds a step: " + ", ".join(phases) + " |"]
-    lines.append("|---" * (len(measures) + 2) + "|")
-    for run in table.index.unique("run"):
-        row = [
-            _cell(table.loc[(run, name)], 100 if "%" in title else 1, 3 if name == "kl_per_token" else 1)
-            for name, title in measures.items()
-        ]
-        seconds = [times.loc[run, f"time/{phase}"] for phase in phases] if run in times.index else []
-        row.append(", ".join(f"{second:.0f}" for second in seconds if second == second) or "-")
-        lines.append(f"| {run} | " + " | ".join(row) + " |")
-    train, budget, evaluated = profile["train"], profile["budget"]["budget"], profile["evaluate"]
-    threads = f", {memory[0]['threads']} thread(s) a run" if train.get("use_cpu") else ""
+    for phase in phases:
+        seconds = summary["run"].map(times[f"time/{phase}"])
+        summary[f"{phase} (s)"] = [f"{second:.0f}" if second == second else "-" for second in seconds]
+    columns = {"accuracy": COLUMNS["accuracy"], "greedy_accuracy": COLUMNS["greedy_accuracy"], "csr": COLUMNS["csr"]}
+    columns |= {"kl_per_token": "nats per token", "cost": COLUMNS["cost"]}
+    table = measures_table(summary, columns, tuple(f"{phase} (s)" for phase in phases))
+    train, evaluated, about = profile["train"], profile["evaluate"], memory[0]
     batch = train["per_device_train_batch_size"] * train.get("gradient_accumulation_steps", 1)
-    seeds = ", ".join(map(str, profile["seeds"]))
     taken, summed = (max(entry[key] for entry in memory) for key in ("taken_gib", "summed_gib"))
-    lines += [
-        "",
-        f"{train['max_steps']} steps of {batch} completions of at most "
-        f"{train['max_completion_length']} tokens, a budget of {budget} nats a token; measured on "
-        f"{evaluated['prompts']} held-out prompts, {evaluated['samples']} completions each; seed {seeds}. On "
-        f"{memory[0]['device']}{threads}; memory {taken:.1f} GiB, {summed:.1f} by the sum.",
-    ]
-    return "\n".join(lines)
+    threads = f", {about['threads']} thread(s) per run" if train.get("use_cpu") else ""
+    return (
+        f"{table}\n\n{train['max_steps']} steps of {batch} completions of at most {train['max_completion_length']} "
+        f"tokens, timed per step; a budget of {profile['budget']['budget']} nats per token; {evaluated['prompts']} "
+        f"held-out prompts, {evaluated['samples']} completions each; seed {', '.join(map(str, profile['seeds']))}. On "
+        f"{about['device']}{threads}; memory {taken:.1f} GiB, {summed:.1f} by the sum."
+    )
 
 
-def fill(text: str, name: str, content: str) -> str:
-    """`text` with what stands between the markers of `name` replaced. Raises `ValueError` where a marker is missing."""
-    begin, end = f"<!-- {name}: generated -->\n", f"<!-- {name}: end -->"
-    if begin not in text or end not in text:
-        raise ValueError(f"README.md lacks the markers of {name!r}: {begin.strip()} ... {end}")
-    before, _, rest = text.partition(begin)
-    return f"{before}{begin}{content}\n{end}{rest.partition(end)[2]}"
-
-
-def readme(text: str, results: Path, params: dict) -> str:
-    """The README with every generated table filled in from `results`; the study's only where it has been run."""
-    completions = gather(results / "runs", params)
-    text = fill(text, "results", results_table(pd.read_csv(results / "summary.csv")))
-    text = fill(text, "paired", paired_table(completions, pd.read_csv(results / "tuning.csv"), params["budget"]))
-    if (results / "study" / "claims.csv").is_file():
-        text = fill(text, "study", study_table(pd.read_csv(results / "study" / "summary.csv")))
-        text = fill(text, "claims", claims_table(pd.read_csv(results / "study" / "claims.csv")))
-    if (results / "laptop" / "profile.yaml").is_file():
-        text = fill(text, "laptop", laptop_table(results / "laptop"))
-    return fill(text, "theory", theory_table(results / "theory"))
+FILES: dict[str, dict[str, Callable[[Path], str]]] = {
+    "README.md": {"results": default_table, "verdicts": verdicts_table},
+    "docs/study.md": {"study": study_table, "paired": paired_table, "claims": claims_table},
+    "docs/theory.md": {"theory": theory_table},
+    "docs/models.md": {"laptop": laptop_table},
+}

@@ -57,7 +57,7 @@ def write_default(results: Path = RESULTS) -> None:
 
 
 def write_study(results: Path = RESULTS) -> None:
-    """Every table of the study but the verdicts (`claims.write_claims`)."""
+    """Every table of the study but the verdicts (`claims.write`)."""
     settings, chosen = read_yaml(EXPERIMENTS), read_yaml(results / "chosen.yaml")
     budget, near = read_yaml(PARAMS)["budget"]["budget"], settings["claims"]["near"]
     runs, completions = by_name(rows()), read_completions(results)

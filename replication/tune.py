@@ -1,6 +1,6 @@
 """Tuning with equal effort: gather the trials of results/tuning, choose each run's settings by code.
 
-Training one trial is in `run`. `choose` writes results/tuning/trials.csv and results/chosen.yaml.
+Training one trial is in `run`. `write_choice` writes results/tuning/trials.csv and results/chosen.yaml.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ SETTINGS = ("learning_rate", "lam", "penalty", "dual_rate", "step_budget")
 HEADER = "# Chosen from results/tuning/trials.csv: what each run adds to `train` in params.yaml. Generated.\n\n"
 
 
-def choose(results: Path = RESULTS) -> None:
+def write_choice(results: Path = RESULTS) -> None:
     """Choose every run's settings, and the best soft Lagrangian and constrained variant, on validation prompts."""
     tuning = read_yaml(EXPERIMENTS)["tuning"]
     table = trials(results / "tuning")
