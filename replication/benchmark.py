@@ -1,9 +1,9 @@
-"""How long a training step takes, next to TRL's trainers: `GRPOTrainer` with a reference model as large as the teacher,
-which is the price of plain GRPO with a KL term, and `DistillationTrainer`, which is the price of GKD; and next to the
-soft Lagrangian and dual ascent by our own trainer.
+"""Time of a training step next to TRL's trainers, the soft Lagrangian and dual ascent.
 
-All have the same student, teacher, prompts and number of completions, every completion as long as the others,
-and take turns in one process, so that what else the machine does falls on all alike. Ratios are of steps of one turn.
+TRL's `GRPOTrainer` has a reference model as large as the teacher: the price of GRPO with a KL term. TRL's
+`DistillationTrainer` is the price of GKD. All trainers have the same student, teacher, prompts and number of
+completions, all of one length, and take turns in one process, so that other load on the machine falls on all alike.
+Ratios are of steps of one turn.
 """
 
 import copy
@@ -21,32 +21,58 @@ from cmdp.memory import device_name
 from cmdp.methods import METHODS
 from cmdp.models import build_model, build_tokenizer, pick_device
 from cmdp.storage import provenance, write_table
+from replication.experiments import RESULTS
 
 PHASES = ("generation", "scoring", "update", "step")
+PROMPT_LENGTH = 16  # tokens
+SIZES = {  # the experiment's own sizes, and a vocabulary large enough for its heads to dominate
+    "default": {
+        "student": {"layers": 2, "hidden": 64, "heads": 4},
+        "teacher": {"layers": 3, "hidden": 96, "heads": 4},
+        "vocabulary": 50,  # words
+        "batch": (64, 2),  # prompts per step, completions per prompt
+        "completion_length": 32,
+        "turns": (45, 2),  # that count, and before them that do not
+        "use_cpu": True,
+    },
+    "large-vocabulary": {
+        "student": {"layers": 4, "hidden": 128, "heads": 4},
+        "teacher": {"layers": 6, "hidden": 256, "heads": 4},
+        "vocabulary": 8000,
+        "batch": (4, 4),
+        "completion_length": 64,
+        "turns": (7, 1),
+        "use_cpu": True,
+    },
+}
 
 
-def benchmark(params: dict, out: Path) -> pd.DataFrame:
-    """Time steps of every trainer and write the table to `out`.
+def benchmark(name: str, results: Path = RESULTS) -> pd.DataFrame:
+    """Time the trainers at the sizes `name` and write `results`/benchmark/NAME.csv. Raises `ValueError` if unknown."""
+    if name not in SIZES:
+        raise ValueError(f"There is no benchmark {name!r}. Benchmarks: {', '.join(SIZES)}.")
+    table = measure(SIZES[name])
+    write_table(table, results / "benchmark" / f"{name}.csv")
+    return table
 
-    Args:
-        params: `student` and `teacher` (layers, hidden, heads each), `vocabulary` in words, `prompts` a step,
-            `num_generations` a prompt, `prompt_length` and `completion_length` in tokens, `repeats`, `warmup` (turns
-            that do not count), `use_cpu`, `seed`.
+
+def measure(sizes: dict) -> pd.DataFrame:
+    """Time steps of every trainer at `sizes`, laid out as in `SIZES`.
 
     Returns:
-        A row for each trainer and phase, in seconds, and for each ratio of `cmdp` to another: median, min and max over
-        the repeats, the bootstrapped 95 % interval of the median (low, high), the versions and the processor.
+        A row per trainer and phase, in seconds, and per ratio of `cmdp` to another: median, min and max over the
+        repeats, the bootstrapped 95 % interval of the median (low, high), library versions and the processor.
     """
-    prompts = [" ".join([f"w{i}"] * params["prompt_length"]) for i in range(params["prompts"])]
-    rows = [{"prompt": prompt} for prompt in prompts for _ in range(params["num_generations"])]
+    (prompts, group), (repeats, warmup) = sizes["batch"], sizes["turns"]
+    rows = [{"prompt": " ".join([f"w{i}"] * PROMPT_LENGTH)} for i in range(prompts) for _ in range(group)]
+    turns = []
     with TemporaryDirectory() as folder:
-        trainers = _trainers(params, rows, folder)
-        turns = []
-        for turn in range(params["warmup"] + params["repeats"]):
-            names = list(trainers)
-            names = names[turn % len(names) :] + names[: turn % len(names)]  # no one always follows the same other
-            turns.append({name: _step(trainers[name], rows) for name in names})
-    turns = turns[params["warmup"] :]
+        trainers = make_trainers(sizes, rows, folder)
+        names = list(trainers)
+        for turn in range(warmup + repeats):
+            first = turn % len(names)  # no one always follows the same other
+            turns.append({name: _step(trainers[name], rows) for name in names[first:] + names[:first]})
+    turns = turns[warmup:]
 
     measured = {(name, phase): [turn[name][phase] for turn in turns] for name in trainers for phase in PHASES}
     steps = {name: measured[name, "step"] for name in trainers}
@@ -57,12 +83,8 @@ def benchmark(params: dict, out: Path) -> pd.DataFrame:
     table = pd.DataFrame([(*key, *_spread(np.array(values))) for key, values in measured.items()])
     table.columns = ["trainer", "phase", "median", "min", "max", "low", "high"]
     table.insert(2, "unit", ["ratio" if "/" in name else "seconds" for name in table["trainer"]])
-    versions = provenance()["libraries"]
-    libraries = {name: versions[name] for name in ("torch", "trl")}
-    device = device_name(pick_device(params["use_cpu"]))
-    table = table.assign(repeats=len(turns), **libraries, device=device)
-    write_table(table, out)
-    return table
+    libraries = {name: provenance()["libraries"][name] for name in ("torch", "trl")}
+    return table.assign(repeats=repeats, **libraries, device=device_name(pick_device(sizes["use_cpu"])))
 
 
 def _spread(values: np.ndarray) -> tuple[float, ...]:
@@ -71,28 +93,27 @@ def _spread(values: np.ndarray) -> tuple[float, ...]:
     return np.median(values), values.min(), values.max(), found.low, found.high
 
 
-def _trainers(params: dict, rows: list[dict], folder: str) -> dict:
-    """The trainers, each with its own copy of the models, each with AdamW."""
+def make_trainers(sizes: dict, rows: list[dict], folder: str) -> dict:
+    """The trainers, each with its own copy of the models and with AdamW, their phases timed."""
     from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
     from trl.trainer.utils import add_fused_lm_head
 
     from cmdp.trainer import CMDPConfig, CMDPTrainer
 
-    length, group = params["completion_length"], params["num_generations"]
-    tokenizer = build_tokenizer([f"w{i}" for i in range(params["vocabulary"])])
-    student, teacher = (build_model(tokenizer, **params[role], seed=params["seed"]) for role in ("student", "teacher"))
+    tokenizer = build_tokenizer([f"w{i}" for i in range(sizes["vocabulary"])])
+    student, teacher = (build_model(tokenizer, **sizes[role], seed=0) for role in ("student", "teacher"))
     common = {
         "output_dir": folder,
         "per_device_train_batch_size": len(rows),
-        "max_completion_length": length,
-        "generation_kwargs": {"min_new_tokens": length},  # no one ends early
+        "max_completion_length": sizes["completion_length"],
+        "generation_kwargs": {"min_new_tokens": sizes["completion_length"]},  # no one ends early
         "gradient_checkpointing": False,
         "bf16": False,
-        "use_cpu": params["use_cpu"],
-        "seed": params["seed"],
+        "use_cpu": sizes["use_cpu"],
+        "seed": 0,
         "report_to": [],
     }
-    grpo = {**common, "num_generations": group, "loss_type": "dapo"}
+    grpo = {**common, "num_generations": sizes["batch"][1], "loss_type": "dapo"}
     data = {"train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
 
     def reward(completion_ids, **_):
@@ -109,9 +130,7 @@ def _trainers(params: dict, rows: list[dict], folder: str) -> dict:
         "trl-grpo": GRPOTrainer(copy.deepcopy(student), reward, GRPOConfig(**grpo, beta=0.0), **data),
         "trl-distillation": DistillationTrainer(student, copy.deepcopy(teacher), DistillationConfig(**common), **data),
     }
-    reference = trainers[
-        "trl-grpo"
-    ]  # TRL would load the student once more as the reference: we want the teacher's size
+    reference = trainers["trl-grpo"]  # whose own reference would be the student once more, not of the teacher's size
     add_fused_lm_head(teacher, temperature=reference.temperature)
     reference.ref_model = reference.accelerator.prepare_model(teacher, evaluation_mode=True)
     reference.beta = 0.04
@@ -124,7 +143,7 @@ def _trainers(params: dict, rows: list[dict], folder: str) -> dict:
 
 
 def _timed(trainer, method, name: str):
-    """`method`, leaving the seconds that it took in `trainer.seconds`."""
+    """`method`, leaving the seconds it took in `trainer.seconds`."""
 
     def call(*arguments):
         start = _now()

@@ -1,28 +1,31 @@
 """The benchmark times what it says: the same work for every trainer, in phases that add up."""
 
+from pathlib import Path
+
 import pandas as pd
 import pytest
 
-from replication.benchmark import PHASES, _trainers, benchmark
+from replication.benchmark import PHASES, PROMPT_LENGTH, SIZES, benchmark, make_trainers
 
+ROOT = Path(__file__).parents[2]
 TINY = {
     "student": {"layers": 1, "hidden": 16, "heads": 2},
     "teacher": {"layers": 2, "hidden": 24, "heads": 2},
     "vocabulary": 20,
-    "prompts": 2,
-    "num_generations": 2,
-    "prompt_length": 3,
+    "batch": (2, 2),
     "completion_length": 6,
-    "repeats": 3,
-    "warmup": 1,
+    "turns": (3, 1),
     "use_cpu": True,
-    "seed": 0,
 }
 
 
-def test_the_table_has_every_phase_of_every_trainer_and_the_ratios(tmp_path):
-    benchmark(TINY, tmp_path / "benchmark.csv")
-    table = pd.read_csv(tmp_path / "benchmark.csv")
+def test_the_table_has_every_phase_of_every_trainer_and_the_ratios(tmp_path, monkeypatch):
+    monkeypatch.setitem(SIZES, "tiny", TINY)
+    benchmark("tiny", tmp_path)
+    table = pd.read_csv(tmp_path / "benchmark" / "tiny.csv")
+    committed = pd.read_csv(ROOT / "results" / "benchmark" / "default.csv")
+    assert list(table.columns) == list(committed.columns)
+    assert table[["trainer", "phase", "unit"]].equals(committed[["trainer", "phase", "unit"]])
     assert (table["min"] <= table["median"]).all()
     assert (table["median"] <= table["max"]).all()
     assert (table["min"] > 0).all()
@@ -38,14 +41,14 @@ def test_the_table_has_every_phase_of_every_trainer_and_the_ratios(tmp_path):
 
 
 def test_every_trainer_has_the_same_tokens_to_do(tmp_path):
-    rows = [{"prompt": "w1 w2 w3"}] * 2 + [{"prompt": "w4 w5 w6"}] * 2
-    trainers = _trainers(TINY, rows, str(tmp_path))
+    rows = [{"prompt": " ".join([word] * PROMPT_LENGTH)} for word in ("w1", "w1", "w2", "w2")]
+    trainers = make_trainers(TINY, rows, str(tmp_path))
     for trainer in trainers.values():
         trainer.seconds = {}
         trainer.model.train()
         inputs = trainer._prepare_inputs(rows)
         assert inputs["completion_mask"].tolist() == [[1] * TINY["completion_length"]] * len(rows)
-        assert inputs["prompt_mask"].tolist() == [[1] * TINY["prompt_length"]] * len(rows)
+        assert inputs["prompt_mask"].tolist() == [[1] * PROMPT_LENGTH] * len(rows)
         if trainer is trainers["trl-grpo"]:
             assert inputs["ref_per_token_logps"].shape == inputs["completion_mask"].shape
     sizes = {
@@ -55,3 +58,8 @@ def test_every_trainer_has_the_same_tokens_to_do(tmp_path):
     assert len(set(sizes.values())) == 1
     students = [sum(p.numel() for p in trainer.model.parameters()) for trainer in trainers.values()]
     assert students == pytest.approx([students[0]] * 5)
+
+
+def test_an_unknown_benchmark_is_one_line_that_names_those_there_are():
+    with pytest.raises(ValueError, match=r"no benchmark 'tiny'\. Benchmarks: default, large-vocabulary"):
+        benchmark("tiny")
