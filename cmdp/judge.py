@@ -81,7 +81,7 @@ def judge(a: pd.DataFrame, b: pd.DataFrame, endpoint: Endpoint, template: str, f
 
 def _summary(pairs: pd.DataFrame, asked: pd.DataFrame) -> dict:
     """Win rate, agreement and counts of all pairs and of those that the judge was asked about."""
-    judged, asked = pairs.dropna(), asked.dropna()
+    judged, asked = (table.dropna(subset="score") for table in (pairs, asked))
     by_prompt = judged.groupby("prompt", sort=False)["score"].mean().to_numpy()[np.newaxis]
     first = pd.concat([pairs["a_first"], 1 - pairs["b_first"]])[lambda score: score.isin([0, 1])]
     shares = {"agreement": asked["a_first"] == asked["b_first"], "first": first}
@@ -125,7 +125,7 @@ def paired(a: pd.DataFrame, b: pd.DataFrame) -> tuple[pd.DataFrame, int]:
 def verdict(reply: str) -> str | None:
     """ "1", "2" or "tie" from the last line with a word, after any thought; None if unclear or contradictory."""
     answer = reply.lower().rpartition("</think>")[2]
-    lines = re.findall(r".*\w.*", answer)  # a closing code fence has no word
+    lines = [line for line in answer.splitlines() if re.search(r"\w", line)]  # a closing code fence has no word
     found = list(_WORD.finditer(lines[-1])) if lines and "<think>" not in answer else []
     clear = any(match[1] or match[3] is not None for match in found)  # in brackets, or the line's last word
     said = {match[1] or match[2] for match in found}
@@ -187,13 +187,18 @@ def _check(endpoint: Endpoint) -> str:
     key = os.environ.get(KEY, "").strip()
     if not isinstance(endpoint.options, dict):
         raise ValueError('The options of each request are a JSON object, such as {"temperature": 0}.')
-    if re.search(r"[^!-~]", key) or (key and key in json.dumps(endpoint)):
+    if re.search(r"[^!-~]", key) or hide(key, json.dumps(endpoint)) != json.dumps(endpoint):
         raise ValueError(f"{KEY} holds something that is no API key, or that the endpoint's URL or options repeat.")
     if not re.fullmatch(r"https?://(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[^?#@\s]*)?", endpoint.url):
         raise ValueError(
-            f"The endpoint is a URL like http://localhost:8000/v1; no user, no query: the key is in {KEY}."
+            f"The endpoint is a URL like http://localhost:8000/v1, without user and query; the key: {KEY}."
         )
     return key
+
+
+def hide(key: str, text: str) -> str:
+    """`text` without the key, unless that is too short to be a secret (local servers accept anything)."""
+    return text.replace(key, "<key>") if len(key) >= 8 else text
 
 
 def _asker(endpoint: Endpoint, key: str):
@@ -203,9 +208,8 @@ def _asker(endpoint: Endpoint, key: str):
         from openai import DefaultHttpxClient, Omit, OpenAI
     except ImportError as error:
         raise ValueError("Asking a judge needs the package openai: `pip install openai`.") from error
-    options = {"timeout": endpoint.timeout, "max_retries": RETRIES}
-    options["http_client"] = DefaultHttpxClient(follow_redirects=False)
-    client = OpenAI(base_url=endpoint.url, api_key=key or "none", **options)
+    transport = {"timeout": endpoint.timeout, "http_client": DefaultHttpxClient(follow_redirects=False)}
+    client = OpenAI(base_url=endpoint.url, api_key=key or "none", max_retries=RETRIES, **transport)
     headers = dict.fromkeys(("Authorization", "OpenAI-Organization", "OpenAI-Project"), Omit())
     headers |= {"Authorization": f"Bearer {key}"} if key else {}
     fixed = {"model": endpoint.model, "extra_body": endpoint.options, "extra_headers": headers}
@@ -220,12 +224,12 @@ def _reply(asker, prompt: str, key: str) -> dict[str, str | None]:
             text = choice.message.content or ""
             if isinstance(text, list):  # in parts, whose thinking is not the reply
                 text = "".join(part["text"] for part in text if part["type"] == "text")
-            return {"finish_reason": choice.finish_reason, "reply": text.replace(key or "\0", "<key>")}
+            return {"finish_reason": choice.finish_reason, "reply": hide(key, text + "")}
         except Exception as error:
             problem = f"{error!r} {error.__cause__ or ''}"
             if answer := getattr(error, "response", None):
                 problem = f"status {answer.status_code}, {answer.text}"
             if type(error).__module__.startswith("openai"):  # after the client's own retries
                 break
-    problem = " ".join(problem.replace(key or "\0", "<key>").split())[:300]
+    problem = " ".join(hide(key, problem).split())[:300]
     raise ConnectionError(f"The judge gave no chat completion: {problem}. The same command resumes.")

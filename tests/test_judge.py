@@ -235,6 +235,19 @@ def test_the_key_goes_to_the_endpoint_and_nowhere_else(server, tmp_path, monkeyp
             judge(A, B, Endpoint(server.url, "third"), TEMPLATE, tmp_path, 1)
 
 
+def test_a_key_too_short_for_a_secret_leaves_replies_as_they_are(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "1")
+    summary = judge(A, B, Endpoint(server.url, "rule-1"), TEMPLATE, tmp_path, 1)
+    assert (summary["wins"], summary["replies_without_verdict"]) == (1, 0)
+    assert set(server.keys) == {"Bearer 1"}
+
+
+def test_identical_completions_are_ties_without_a_call(server, tmp_path):
+    summary = judge(A, A, Endpoint(server.url, "rule"), TEMPLATE, tmp_path, 1)
+    assert (summary["win_rate"]["mean"], summary["ties"], summary["agreement"]) == (0.5, 5, None)
+    assert (summary["first"], summary["identical_pairs"], server.prompts) == (None, 5, [])
+
+
 def test_what_is_set_for_openai_itself_is_not_sent(server, tmp_path, monkeypatch):
     for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_ADMIN_KEY", "OPENAI_BASE_URL"):
         monkeypatch.setenv(name, "http://another-secret")
