@@ -7,8 +7,9 @@ What the Hub is asked for follows HF_HUB_OFFLINE.
 
 import copy
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -22,6 +23,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+
+from cmdp.storage import whole
 
 
 def build_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
@@ -56,7 +59,7 @@ def build_model(tokenizer: PreTrainedTokenizerBase, layers: int, hidden: int, he
 LORA = {"r": 16, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class ModelSpec:
     """Where a role's model comes from and how it is loaded.
 
@@ -74,7 +77,7 @@ class ModelSpec:
     adapter: str | None = None
     revision: str | None = None
     four_bit: bool = False
-    lora: dict | None = None
+    lora: dict[str, Any] | None = None
 
     @property
     def base(self) -> tuple:
@@ -96,28 +99,17 @@ class ModelSpec:
         return {"pretrained_model_name_or_path": model, "local_files_only": offline(), **named}
 
 
-def model_spec(settings: dict, role: str) -> ModelSpec:
-    """The spec that a parameter file's `student` or `teacher` section states.
-
-    Raises:
-        ValueError: an unknown or missing key, or settings that do not go together.
-    """
-    known = [entry.name for entry in fields(ModelSpec)]
-    for name, given, allowed in ((role, settings, known), (f"{role}.lora", settings.get("lora") or {}, [*LORA])):
-        if unknown := sorted(set(given) - set(allowed)):
-            raise ValueError(f"{name} knows no {', '.join(unknown)}: its keys are {', '.join(allowed)}.")
-    if not settings.get("model"):
-        raise ValueError(f"{role}.model is missing: a Hub id, a local folder or a GGUF file.")
-    spec = ModelSpec(**settings)
-    if spec.four_bit and "gguf_file" in spec.where():
-        raise ValueError(
-            f"{role}: a GGUF file cannot be held in 4 bits: leave out four_bit, or name unquantised weights."
-        )
-    if spec.lora is not None and (spec.adapter or role == "teacher"):
-        raise ValueError(f"{role}.lora makes a new adapter to train: it goes with the student, and without `adapter`.")
-    if role == "student" and spec.four_bit and not spec.trains_adapter:
+def check_specs(student: ModelSpec, teacher: ModelSpec) -> None:
+    """Raise `ValueError` where settings of a student and a teacher do not go together."""
+    for role, spec in (("student", student), ("teacher", teacher)):
+        if unknown := sorted(set(spec.lora or {}) - set(LORA)):
+            raise ValueError(f"{role}.lora has no {', '.join(unknown)}: its keys are {', '.join(LORA)}.")
+        if spec.four_bit and "gguf_file" in spec.where():
+            raise ValueError(f"{role}: a GGUF file cannot be held in 4 bits: name unquantised weights.")
+    if teacher.lora is not None or (student.lora is not None and student.adapter):
+        raise ValueError("lora makes a new adapter to train: it goes with the student, and without `adapter`.")
+    if student.four_bit and not student.trains_adapter:
         raise ValueError("student.four_bit needs student.lora: 4-bit weights cannot themselves be trained.")
-    return spec
 
 
 def offline() -> bool:
@@ -140,15 +132,17 @@ def pick_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
-def load_model(path: str | Path) -> PreTrainedModel:
-    """The causal language model saved at `path`. Raises `FileNotFoundError` where there is none."""
-    _check(path)
-    return AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, local_files_only=True)
-
-
 def load_base(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The weights that `spec` names, in `dtype` or 4 bits, without its adapter."""
-    options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+    """The weights that `spec` names, in `dtype` or 4 bits, without its adapter.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: its weight files lack tensors.
+    """
+    where = spec.where()
+    if "gguf_file" in where:
+        return _load_gguf(where, dtype).to(device)
+    options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     if spec.four_bit:
         from transformers import BitsAndBytesConfig
 
@@ -158,13 +152,16 @@ def load_base(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> PreT
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    where = spec.where()
-    if "gguf_file" in where:
-        return _load_gguf(where, dtype).to(device)
     # several processes without 4 bits may be FSDP's or DeepSpeed's, which place the weights themselves
     if spec.four_bit or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         options["device_map"] = {"": device}
-    return _found(spec, AutoModelForCausalLM.from_pretrained, **where, **options)
+    model, info = _found(spec, AutoModelForCausalLM.from_pretrained, **where, **options)
+    for module in model.modules():  # no repacking in place of weights that two models may share, on such CPUs
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"The weights of {spec.model} lack {missing[0]} and {len(missing) - 1} more: get them again.")
+    return model
 
 
 def load_config(spec: ModelSpec):
@@ -173,12 +170,10 @@ def load_config(spec: ModelSpec):
 
 
 def load_tokenizer(source: str | Path | ModelSpec) -> PreTrainedTokenizerBase:
-    """The tokenizer at a local path, or of a spec's model, padding on the left as generation needs."""
-    if not isinstance(source, ModelSpec):
-        _check(source)
-        return AutoTokenizer.from_pretrained(source, padding_side="left", local_files_only=True)
-    where = source.where()
-    tokenizer = _found(source, AutoTokenizer.from_pretrained, **where, padding_side="left", trust_remote_code=False)
+    """The tokenizer of a model, padding on the left as generation needs."""
+    spec = _spec(source)
+    options = {"padding_side": "left", "trust_remote_code": False}
+    tokenizer = _found(spec, AutoTokenizer.from_pretrained, **spec.where(), **options)
     if tokenizer.pad_token is None:  # Llama's
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -188,54 +183,53 @@ def shared_tokenizer(student: str | Path | ModelSpec, teacher: str | Path | Mode
     """The student's tokenizer. Raises `ValueError` unless the teacher's has the same ids; no weights are read."""
     tokenizer, other = load_tokenizer(student), load_tokenizer(teacher)
     if _vocabulary(tokenizer) != _vocabulary(other):
-        at = [source.model if isinstance(source, ModelSpec) else source for source in (student, teacher)]
         raise ValueError(
-            f"The student at {at[0]} and the teacher at {at[1]} have different vocabularies, so no divergence "
-            "between them is defined: choose a teacher from the student's family."
+            f"The student {_spec(student).model} and the teacher {_spec(teacher).model} have different "
+            "vocabularies, so no divergence between them is defined: choose a teacher from the student's family."
         )
     return tokenizer
 
 
 def load_pair(student: str | Path | ModelSpec, teacher: str | Path | ModelSpec, use_cpu: bool = False) -> tuple:
-    """(student, teacher, tokenizer), from local paths, or from specs, ready to train.
+    """(student, teacher, tokenizer), ready to train; a path stands for the spec of a whole model.
 
     A student that trains an adapter is a `PeftModel`; one that does not is loaded in float32, as its optimiser needs.
-    A teacher of the same base as an adapter's, with one of its own or without (an anchor: the student before training),
-    uses the student's copy of the base weights. The teacher is always an ordinary transformers model.
+    A teacher of the same base as an adapter's, with an adapter of its own or without (an anchor: the student before
+    training), uses the student's copy of the base weights. The teacher is always an ordinary transformers model.
 
     Raises:
         ValueError: they have different tokenizers (before any weights are read).
         FileNotFoundError: there is no such model.
     """
+    student, teacher = _spec(student), _spec(teacher)
     tokenizer = shared_tokenizer(student, teacher)
-    if not isinstance(student, ModelSpec):
-        return load_model(student), load_model(teacher), tokenizer
-    from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
-
     device = pick_device(use_cpu)
     dtype = pick_dtype(device)
     model = load_base(student, dtype if student.trains_adapter else torch.float32, device)
     if student.four_bit:  # freezes the base and holds norms and head in float32
+        from peft import prepare_model_for_kbit_training
+
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     shared = student.trains_adapter and student.base == teacher.base
     other = same_weights(model) if shared else load_base(teacher, dtype, device)
     if teacher.adapter:
-        other = PeftModel.from_pretrained(other, _adapter(teacher.adapter), local_files_only=offline()).get_base_model()
+        other = _with_adapter(other, teacher.adapter).get_base_model()
     if student.adapter:
-        model = PeftModel.from_pretrained(
-            model, _adapter(student.adapter), is_trainable=True, local_files_only=offline()
-        )
+        model = _with_adapter(model, student.adapter, is_trainable=True)
     elif student.lora is not None:
-        lora = LORA | student.lora
-        config = LoraConfig(
-            r=lora["r"],
-            lora_alpha=lora["alpha"],
-            lora_dropout=lora["dropout"],
-            target_modules=lora["target_modules"],
-            task_type=TaskType.CAUSAL_LM,
-        )
-        model = get_peft_model(model, config)
+        from peft import get_peft_model
+
+        model = get_peft_model(model, lora_config(student))
     return model, other.requires_grad_(False).eval(), tokenizer
+
+
+def lora_config(spec: ModelSpec):
+    """The `LoraConfig` of a spec that trains a new adapter."""
+    from peft import LoraConfig
+
+    lora = LORA | spec.lora
+    names = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "target_modules": "target_modules"}
+    return LoraConfig(**{names[key]: value for key, value in lora.items()}, task_type="CAUSAL_LM")
 
 
 def same_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -244,6 +238,37 @@ def same_weights(model: PreTrainedModel) -> PreTrainedModel:
     memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     states = [vars(module)["quant_state"] for module in model.modules() if "quant_state" in vars(module)]
     return copy.deepcopy(model, memo | {id(state): state for state in states})  # of 4-bit layers
+
+
+def prune(source: str, without: list[int], target: Path) -> tuple[int, int]:
+    """Write the model `source` less the layers `without` to the new folder `target`, in float32, with its tokenizer.
+
+    Args:
+        source: a Hub id, a local folder or a GGUF file.
+        without: layers, counted from 0.
+
+    Returns:
+        parameters before and after.
+
+    Raises:
+        ValueError: `target` exists, or a layer does not.
+    """
+    if target.exists():
+        raise ValueError(f"There is something at {target} already: name a folder that does not exist.")
+    spec = ModelSpec(source)
+    model = load_base(spec, torch.float32, torch.device("cpu"))
+    before, config, layers = model.num_parameters(), model.config.get_text_config(), model.base_model.layers
+    kept = [place for place in range(len(layers)) if place not in without]
+    if not kept or len(kept) + len(set(without)) != len(layers):
+        raise ValueError(f"{source} has layers 0 to {len(layers) - 1}: leave out some of these, and not all.")
+    model.base_model.layers = torch.nn.ModuleList(layers[place] for place in kept)
+    if getattr(config, "layer_types", None):  # one entry a layer, where kinds of attention take turns
+        config.layer_types = [config.layer_types[place] for place in kept]
+    config.num_hidden_layers = len(kept)
+    with whole(target) as folder:
+        model.save_pretrained(folder)
+        load_tokenizer(spec).save_pretrained(folder)
+    return before, model.num_parameters()
 
 
 def _load_gguf(where: dict, dtype: torch.dtype) -> PreTrainedModel:
@@ -282,13 +307,13 @@ def _found(spec: ModelSpec, load, **options):
         raise FileNotFoundError(f"There is no local folder {spec.model}, nor a model of this name: {hint}.") from error
 
 
-def _adapter(source: str) -> str:
-    """`source`, a Hub id or folder. Raises unless the folder holds an adapter as safetensors."""
+def _with_adapter(model: PreTrainedModel, source: str, **options):
+    """`model` under the adapter at `source`, a Hub id or folder. Raises unless a folder holds it as safetensors."""
+    from peft import PeftModel
+
     if Path(source).is_dir() and not (Path(source) / "adapter_model.safetensors").is_file():
-        raise FileNotFoundError(
-            f"There is no adapter_model.safetensors in {source}: name the folder of a PEFT adapter."
-        )
-    return source
+        raise FileNotFoundError(f"There is no adapter_model.safetensors in {source}: name a PEFT adapter's folder.")
+    return PeftModel.from_pretrained(model, source, local_files_only=offline(), **options)
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -296,6 +321,5 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {token: index for token, index in tokenizer.get_vocab().items() if token != f"[PAD{index}]"}
 
 
-def _check(path: str | Path) -> None:
-    if not (Path(path) / "config.json").is_file():
-        raise FileNotFoundError(f"There is no model at {path}: run the pipeline up to it (`dvc repro`), or correct it.")
+def _spec(source: str | Path | ModelSpec) -> ModelSpec:
+    return source if isinstance(source, ModelSpec) else ModelSpec(str(source))

@@ -38,6 +38,7 @@ from cmdp.tasks import load_problems, load_task
 
 MODELS, RESULTS = Path("models"), Path("results")
 RECORD, TRAINING = "cmdp.json", "training.csv"  # beside a trained student's weights
+PHASES = ("time/generation", "time/scoring", "time/update")  # of a step, seconds
 # Columns of a training log that depend on the seed alone; the others are times
 LOGGED = (
     *("step", "task_reward", "modified_reward", "csr", "cost/mean", "cost/q50", "cost/q90", "kl_per_token"),
@@ -136,7 +137,8 @@ def build_config(settings: dict[str, Any]):
             words += [f"--{name}", *map(str, value)]
         elif value is not None:
             words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
-    config, unknown = Parser(CMDPConfig).parse_args_into_dataclasses(words, return_remaining_strings=True)
+    parser = Parser(CMDPConfig, allow_abbrev=False)
+    config, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     if unknown:
         raise ValueError(f"{unknown[0].partition('=')[0].lstrip('-')} is no field of CMDPConfig.")
     return config
@@ -214,6 +216,8 @@ def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -
     Raises:
         ValueError: no such run, different vocabularies, no prompt short enough, or too little memory.
     """
+    from transformers import set_seed
+
     if run not in experiment.runs:
         raise ValueError(f"The experiment {experiment.name} has no run {run!r}. It has: {', '.join(experiment.runs)}.")
     method, settings, folder = (
@@ -235,6 +239,7 @@ def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -
         checkpoints, resume = checkpoint_folder(f"{experiment.name}/{run}/{seed}", made_by)
     device = pick_device(settings.get("use_cpu", False))
     memory = _memory(experiment, settings, device) if check_fit else {}
+    set_seed(seed)  # a new adapter's weights are drawn
     student, teacher, tokenizer = load_pair(student, teacher, settings.get("use_cpu", False))
     log = []
     if method != START:
@@ -316,7 +321,7 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int], again: bo
             problems = load_problems(experiment.task, pair[-1])[experiment.evaluate.split]
             texts = completions.query("decoding == 'sampled'")[["prompt", "completion"]]
             texts = texts.assign(prompt=[problems[index]["prompt"] for index in texts["prompt"]])  # what `judge` reads
-            training = pd.read_csv(folder / TRAINING)
+            training = pd.read_csv(folder / TRAINING).reindex(columns=[*LOGGED, *PHASES]).dropna(subset="csr")
             tables = {"completions": completions.drop(columns="completion"), "positions": positions, "texts": texts}
             for name, table in (tables | {"training": training}).items():
                 table = table.assign(run=run, seed=seed)
@@ -329,7 +334,7 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int], again: bo
             _free()
     summary = summarise(gather(results, "completions"), **vars(experiment.budget))
     write_table(summary, results / "summary.csv")
-    times = gather(results, "training").groupby("run", sort=False).median(numeric_only=True).filter(like="time/")
+    times = gather(results, "training").reindex(columns=["run", *PHASES]).groupby("run", sort=False).median()
     write_table(times.reset_index(), results / "timing.csv")
     write_json(provenance(), results / "provenance.json")
     write_text(yaml.safe_dump(dataclasses.asdict(experiment), sort_keys=False), results / "profile.yaml")
@@ -339,7 +344,7 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int], again: bo
 def gather(results: Path, table: str) -> pd.DataFrame:
     """One table of all runs and seeds measured so far."""
     tables = [pd.read_csv(path) for path in sorted((results / table).glob("*/*.csv"))]
-    return pd.concat([table for table in tables if len(table)], ignore_index=True)
+    return pd.concat(tables, ignore_index=True)
 
 
 def within(problems: list[dict], tokenizer, longest: int | None) -> list[dict]:

@@ -1,69 +1,133 @@
-"""Arms: methods with settings of their own beside the default experiment, and all of their completions in one table.
-
-An arm is a method with settings of its own, from a student of its own, over some seeds (study/params.yaml). It keeps no
-model: each seed is trained, measured and let go.
-"""
-
-from pathlib import Path
+"""The pipeline's training stages: start models, runs, and trials of tuning."""
 
 import pandas as pd
 
-from cmdp.collect import gather
+from cmdp import storage
+from cmdp.models import ModelSpec, build_model, build_tokenizer
+from cmdp.statistics import with_budget
+from cmdp.tasks import load_problems, load_task
+from cmdp.train import LOGGED, PHASES, TRAINING, Budget, Evaluation, Experiment, load_trained, measure, steps_to, train
+from replication.experiments import CHOSEN, COLUMNS, EXPERIMENTS, PARAMS, RESULTS, START, row
 
-COLUMNS = ["seed", "split", "prompt", "correct", "valid", "tokens", "entropy", "cost", "peak", "confidence", "style"]
+
+def pretrain(role: str) -> None:
+    """Train the teacher, or a student before distillation, on solutions: results/start/ROLE."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    params = storage.read_yaml(PARAMS)
+    if role not in params["start"]:
+        raise ValueError(f"{PARAMS} has no start model {role!r}. It has: {', '.join(params['start'])}.")
+    shape = dict(params["start"][role])
+    settings = params["supervised"] | {key: shape.pop(key) for key in ("max_steps", "learning_rate")}
+    tokenizer = build_tokenizer(load_task(params["task"]["name"]).vocabulary())
+    model = build_model(tokenizer, **shape, seed=settings["seed"])
+    problems = load_problems(params["task"])["supervised"]
+    made_by = storage.fingerprint({"shape": shape, "settings": settings, "problems": problems}, [])
+    checkpoints, resume = storage.checkpoint_folder(f"start/{role}", made_by)
+    encoded = []
+    for problem in problems:  # the prompt carries no loss
+        prompt, solution = (
+            tokenizer(problem[key], add_special_tokens=False).input_ids for key in ("prompt", "solution")
+        )
+        mask = [0] * len(prompt) + [1] * (len(solution) + 1)
+        encoded.append({"input_ids": [*prompt, *solution, tokenizer.eos_token_id], "completion_mask": mask})
+    fixed = {"packing": False, "shuffle_dataset": False, "gradient_checkpointing": False, "bf16": False}
+    quiet = {"report_to": [], "disable_tqdm": True, "save_only_model": False}
+    args = SFTConfig(output_dir=str(checkpoints), **fixed, **quiet, **settings)
+    trainer = SFTTrainer(model, args, train_dataset=Dataset.from_list(encoded), processing_class=tokenizer)
+    with steps_to(checkpoints / "steps.txt"):
+        trainer.train(resume_from_checkpoint=resume)
+    with storage.whole(START / role) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    print(f"{START / role}: {model.num_parameters():,} parameters, last loss {losses[-1]:.4f} nats per token")
 
 
-def arm(params: dict, settings: dict, measure, paths: dict[str, Path], name: str, seed: int) -> tuple:
-    """Train and measure one seed of an arm.
+def experiment(name: str, start: str, runs: dict[str, dict]) -> Experiment:
+    """The experiment of params.yaml, with `runs`, from the student `start`."""
+    params = storage.read_yaml(PARAMS)
+    evaluate = {key: value for key, value in params["evaluate"].items() if key != "longer"}
+    return Experiment(
+        name=name,
+        task=params["task"],
+        student=ModelSpec(str(START / start)),
+        teacher=ModelSpec(str(START / "teacher")),
+        budget=Budget(**params["budget"]),
+        train=params["train"],
+        runs=runs,
+        seeds=[],
+        evaluate=Evaluation(**evaluate),
+    )
 
-    Args:
-        params: of the default experiment, with the settings that tuning chose.
-        settings: the arm's, from study/params.yaml.
-        measure: `(params, (student, teacher, tokenizer), seed) -> {"runs": table, "longer": table}`.
-        paths: of `data` and `models`.
 
-    Returns:
-        its completions, a row each, those of longer problems told apart by `split`; its times, a row; and the folder of
-        its checkpoints, to be deleted when both are written.
+def run(key: str) -> None:
+    """Train and measure one run, all of its seeds: results/runs/PART/KEY.
 
     Raises:
-        ValueError: tuning has chosen no settings of the arm's run.
+        ValueError: no such run, or tuning has chosen no settings for it.
     """
-    from cmdp.runs import distil
-
-    run = settings["run"]
-    if run not in params["runs"]:
-        raise ValueError(f"tuning/chosen.yaml has no settings of {run}: give it trials, and run `make tune`.")
-    fields = {**params["train"], **params["budget"], **params["runs"][run], **settings.get("set", {}), "seed": seed}
-    start = settings["start"]
-    trained = distil(run, fields, params["task"]["name"], paths["data"], paths["models"], start, f"study/{name}-{seed}")
-    tables = measure(params, (trained.student, trained.teacher, trained.tokenizer), seed)
-    table = pd.concat([tables["runs"].assign(split="test"), tables["longer"].assign(split="longer")])
-    table = table[table["decoding"] == "sampled"].assign(seed=seed)[COLUMNS].round(4)
-    whole = [entry["train_runtime"] for entry in trained.log if "train_runtime" in entry]
-    phases = pd.DataFrame([entry for entry in trained.log if "csr" in entry]).filter(like="time/").median()
-    times = {"arm": name, "seed": seed, "steps": fields["max_steps"], "seconds": sum(whole), **phases}
-    times["parameters"] = trained.student.num_parameters()
-    return table, pd.DataFrame([times]), trained.checkpoints
+    this, chosen = row(key), storage.read_yaml(CHOSEN)["runs"]
+    if this.tuned not in chosen:
+        raise ValueError(f"{CHOSEN} has no settings of {this.tuned!r}: give it trials in {EXPERIMENTS}, and tune it.")
+    planned = experiment(this.part, this.start, {key: {"method": this.method, **chosen[this.tuned], **this.settings}})
+    found = [_measured(planned, key, seed, compact=this.part != "default") for seed in this.seeds]
+    with storage.whole(this.folder()) as folder:
+        for name in found[0]:
+            storage.write_table(pd.concat([tables[name] for tables in found]), folder / f"{name}.csv")
+    print(f"{this.folder()}: {len(this.seeds)} seeds")
 
 
-def read(results: Path, params: dict, arms: dict) -> pd.DataFrame:
-    """Every sampled completion of the default experiment and of the study: `COLUMNS`, and `arm`.
+def _measured(planned: Experiment, key: str, seed: int, compact: bool) -> dict[str, pd.DataFrame]:
+    """The tables of one run and seed. `compact` leaves out what only the default experiment shows: greedy completions,
+    the training curve, the cost by position, and examples of wrong steps that lead to the right answer."""
+    folder = train(planned, key, seed, check_fit=False)
+    pair, params = load_trained(planned, key, seed), storage.read_yaml(PARAMS)
+    test, positions = measure(planned, pair, seed, greedy=planned.evaluate.greedy and not compact)
+    longer = dict(params["evaluate"]["longer"])
+    drawn = {"sizes": {"longer": longer.pop("prompts")}, "steps": longer.pop("steps")}
+    problems = load_problems(params["task"] | drawn)["longer"]
+    more, _ = measure(planned, pair, seed, problems, greedy=False, **longer)
+    completions = pd.concat([test.assign(split="test"), more.assign(split="longer")], ignore_index=True)
+    completions = completions[["split", *completions.columns.drop(["split", "completion"])]]
+    log = pd.read_csv(folder / TRAINING)
+    steps = log[log["csr"].notna()] if "csr" in log else log.iloc[:0]
+    times = {"steps": planned.train["max_steps"], "seconds": log.get("train_runtime", pd.Series(dtype=float)).sum()}
+    times |= {"parameters": pair[0].num_parameters(), **steps.reindex(columns=PHASES).median()}
+    tables = {"completions": completions, "times": pd.DataFrame([times])}
+    if compact:
+        tables["completions"] = completions.reindex(columns=[name for name in COLUMNS if name != "seed"]).round(4)
+    else:
+        lucky = test.query("decoding == 'sampled' and correct == 1 and valid == 0")[["prompt", "completion"]]
+        held_out = load_problems(params["task"])[planned.evaluate.split]
+        lucky = lucky.assign(problem=[held_out[index]["prompt"].strip() for index in lucky["prompt"]])
+        tables |= {"positions": positions, "training": steps.reindex(columns=LOGGED), "examples": lucky}
+    for table in tables.values():
+        table.insert(0, "seed", seed)
+    return tables
 
-    The default experiment's runs are arms of their own names; an arm of the same name adds seeds to them.
 
-    Raises:
-        FileNotFoundError: the default experiment has not been run.
-        ValueError: an arm has a seed that the default experiment has, too.
-    """
-    tables = []
-    for folder, split in (("runs", "test"), ("longer", "longer")):
-        table = gather(results / folder, params)
-        tables.append(table[table["decoding"] == "sampled"].assign(arm=table["run"], split=split))
-    for name, settings in arms.items():
-        if name in params["methods"] and (twice := sorted({*settings["seeds"]} & {*params["seeds"]})):
-            raise ValueError(f"The default experiment has seeds {twice} of {name}: give the study's arm others.")
-        path = results / "study" / "arms" / f"{name}.csv"
-        if path.is_file():
-            tables.append(pd.read_csv(path).assign(arm=name))
-    return pd.concat(tables, ignore_index=True)[["arm", *COLUMNS]].fillna({"style": ""})
+def trial(name: str) -> None:
+    """Train every trial of one entry of tuning, once per seed, and measure it on validation prompts:
+    results/tuning/NAME.csv."""
+    tuning, params = storage.read_yaml(EXPERIMENTS)["tuning"], storage.read_yaml(PARAMS)
+    if name not in tuning["trials"]:
+        raise ValueError(f"{EXPERIMENTS} has no trials of {name!r}. It has: {', '.join(tuning['trials'])}.")
+    method, grid = tuning["trials"][name]["method"], tuning["trials"][name]["grid"]
+    planned = experiment(
+        "tuning", "student", {f"{name}-{i}": {"method": method, **tried} for i, tried in enumerate(grid)}
+    )
+    problems, rows = load_problems(params["task"])["validation"], []
+    for index, tried in enumerate(grid):
+        for seed in tuning["seeds"]:
+            train(planned, f"{name}-{index}", seed, check_fit=False)
+            pair = load_trained(planned, f"{name}-{index}", seed)
+            completions, _ = measure(planned, pair, seed, problems, samples=tuning["samples"], greedy=False)
+            sampled = with_budget(completions, **params["budget"])
+            measures = {"accuracy": "correct", "csr": "satisfied", "accuracy_within": "correct_within", "cost": "cost"}
+            means = {measure: sampled[column].mean() for measure, column in measures.items()}
+            rows.append({"index": index, "seed": seed, **tried, **means})
+    path = RESULTS / "tuning" / f"{name}.csv"
+    storage.write_table(pd.DataFrame(rows), path)
+    print(f"{path}: {len(rows)} trials")

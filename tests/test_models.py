@@ -1,18 +1,19 @@
 """Real architectures, small and of random weights, loaded in every way that a profile can ask for, and trained."""
 
-import copy
 import math
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from cmdp import methods
+from cmdp import cli, train
 from cmdp.divergence import divergence_from_hidden, divergence_from_logits, lm_head
-from cmdp.models import ModelSpec, load_base, load_pair, load_tokenizer, model_spec, pick_dtype, same_weights
+from cmdp.models import ModelSpec, check_specs, load_base, load_pair, load_tokenizer, pick_dtype, prune, same_weights
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 FAMILIES = {
@@ -90,7 +91,7 @@ def distil(student, teacher, tokenizer, out, **changes) -> list[dict]:
     def right(completion: str, answer: str) -> bool:
         return answer in completion
 
-    return methods.train("cmdp-overshoot", student, teacher, tokenizer, problems, right, out, False, settings)
+    return train.distil("cmdp-overshoot", student, teacher, tokenizer, problems, right, out, False, settings)
 
 
 # ---- what is trained and what is not ----
@@ -107,9 +108,7 @@ def test_a_step_changes_what_is_trained_and_nothing_else(tmp_path, family, way):
         teacher = {"model": base, "four_bit": "qlora" in way, "adapter": write_adapter(tmp_path / "adapter", base, 3)}
     else:
         teacher = {"model": write_model(tmp_path / "teacher", family, 1), "four_bit": True}
-    student, teacher, tokenizer = load_pair(
-        model_spec(student, "student"), model_spec(teacher, "teacher"), use_cpu=True
-    )
+    student, teacher, tokenizer = load_pair(ModelSpec(**student), ModelSpec(**teacher), use_cpu=True)
     if way == "anchor":  # the student starts as its own anchor, at no cost
         move(student)
     frozen, trained = frozen_and_trained(student)
@@ -298,20 +297,30 @@ def test_a_tokenizer_without_a_padding_token_pads_with_its_end(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("role", "settings", "message"),
+    ("student", "teacher", "message"),
     [
-        ("student", {"model": "m", "four_bits": True}, "student knows no four_bits: its keys are model"),
-        ("student", {"model": "m", "lora": {"rank": 4}}, r"student\.lora knows no rank: its keys are r, alpha"),
-        ("teacher", {"four_bit": True}, r"teacher\.model is missing"),
-        ("student", {"model": "m", "four_bit": True}, r"student\.four_bit needs student\.lora"),
-        ("student", {"model": "m.gguf", "four_bit": True, "lora": {}}, "a GGUF file cannot be held in 4 bits"),
-        ("teacher", {"model": "m", "lora": {}}, "it goes with the student"),
-        ("student", {"model": "m", "lora": {}, "adapter": "a"}, "without `adapter`"),
+        ({"lora": {"rank": 4}}, {}, r"student\.lora has no rank: its keys are r, alpha"),
+        ({"four_bit": True}, {}, r"student\.four_bit needs student\.lora"),
+        ({"model": "m.gguf", "four_bit": True, "lora": {}}, {}, "a GGUF file cannot be held in 4 bits"),
+        ({}, {"lora": {}}, "it goes with the student"),
+        ({"lora": {}, "adapter": "a"}, {}, "without `adapter`"),
     ],
 )
-def test_settings_without_a_meaning_are_refused(role, settings, message):
+def test_settings_that_do_not_go_together_are_refused(student, teacher, message):
     with pytest.raises(ValueError, match=message) as raised:
-        model_spec(copy.deepcopy(settings), role)
+        check_specs(ModelSpec(**{"model": "m"} | student), ModelSpec(**{"model": "m"} | teacher))
+    assert "\n" not in str(raised.value)
+
+
+def test_weights_that_lack_a_tensor_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    path = Path(write_model(tmp_path / "base", "llama", 0)) / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lack model\.layers\.0\.mlp\.up_proj\.weight") as raised:
+        load_base(ModelSpec(str(path.parent)), torch.float32, torch.device("cpu"))
     assert "\n" not in str(raised.value)
 
 
@@ -379,12 +388,49 @@ def test_a_gguf_file_gives_the_model_that_it_was_made_from(tmp_path, named):
     path = tmp_path / "base.gguf"
     write_gguf(path, folder)
     where = {"model": str(path)} if named == "by its path" else {"model": str(tmp_path), "gguf_file": path.name}
-    student, teacher, tokenizer = load_pair(
-        model_spec(where | {"lora": LORA}, "student"), model_spec({"model": folder}, "teacher"), True
-    )
+    student, teacher, tokenizer = load_pair(ModelSpec(**where, lora=LORA), ModelSpec(folder), True)
     ids = torch.randint(3, 19, (2, 5), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(student(ids).logits, teacher(ids).logits, rtol=1e-4, atol=1e-4)
     losses = [entry["loss"] for entry in distil(student, teacher, tokenizer, tmp_path / "out") if "loss" in entry]
     assert all(math.isfinite(loss) for loss in losses)
     student.get_base_model().save_pretrained(tmp_path / "saved")
+
+
+# ---- students made by leaving out layers ----
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+def test_what_is_written_is_the_model_without_the_layers(tmp_path, family):
+    folder = write_model(tmp_path / "whole", family, seed=0, num_hidden_layers=4)
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    before, after = prune(str(folder), [1], tmp_path / "pruned")
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    assert (before, after) == (whole.num_parameters(), pruned.num_parameters())
+    assert after < before
+    ids = torch.tensor([[3, 4, 5, 6]])
+    layers = whole.base_model.layers
+    whole.base_model.layers = torch.nn.ModuleList(layers[place] for place in (0, 2, 3))
+    whole.config.num_hidden_layers = 3
+    if getattr(whole.config, "layer_types", None):
+        whole.config.layer_types = [whole.config.layer_types[place] for place in (0, 2, 3)]
+    torch.testing.assert_close(pruned(ids, use_cache=False).logits, whole(ids, use_cache=False).logits)
+    continued = pruned.generate(ids, max_new_tokens=4, do_sample=False)  # with its cache
+    torch.testing.assert_close(pruned(continued).logits[0, 3:-1].argmax(-1), continued[0, 4:])
+    assert AutoTokenizer.from_pretrained(tmp_path / "pruned")("a b").input_ids == [3, 4]
+    assert not list((tmp_path / "pruned").glob("*.bin"))
+
+
+@pytest.mark.parametrize("without", [["2"], ["0", "1"], ["-1"]])
+def test_layers_that_there_are_not_or_all_of_them_are_refused(tmp_path, monkeypatch, without):
+    write_model(tmp_path / "whole", "llama", seed=0)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cmdp", "prune", "whole", "pruned", "--without", *without])
+    with pytest.raises(SystemExit, match="whole has layers 0 to 1: leave out some of these, and not all"):
+        cli.main()
+    assert not Path("pruned").exists()
+
+
+def test_nothing_is_overwritten(tmp_path):
+    with pytest.raises(ValueError, match=r"There is something at .* already"):
+        prune("whole", [0], tmp_path)

@@ -65,3 +65,10 @@ def test_the_summary_has_every_measure_of_every_run():
     assert (summary["low"] <= summary["mean"]).all()
     assert (summary["mean"] <= summary["high"]).all()
     assert (summary["seeds"] == 2).all()
+
+
+def test_without_greedy_completions_there_is_no_greedy_accuracy():
+    table = completions()
+    summary = summarise(table[table["decoding"] == "sampled"], 1.0)
+    assert "greedy_accuracy" not in set(summary["measure"])
+    assert summary.groupby("run", sort=False)["measure"].nunique().to_dict() == {"a": 9, "b": 9}

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import yaml
 
 from cmdp import storage
 
@@ -34,6 +33,7 @@ def test_a_block_that_fails_leaves_the_old_folder():
     with pytest.raises(RuntimeError), storage.whole(Path("out")) as folder:
         fail(folder)
     assert [path.name for path in Path("out").iterdir()] == ["old"]
+    assert [path.name for path in Path().iterdir()] == ["out"], "nothing is left behind"
 
 
 def checkpoint(folder: Path, step: int, state: str) -> None:
@@ -41,41 +41,36 @@ def checkpoint(folder: Path, step: int, state: str) -> None:
     (folder / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
 
 
-def test_the_code_that_a_checkpoint_depends_on_is_there():
-    package = Path(storage.__file__).parent
-    assert all((package / f"{name}.py").is_file() or (package / name).is_dir() for name in storage.MAKERS)
-
-
 def test_a_run_resumes_from_its_own_checkpoint_only(capsys):
-    Path("data").write_text("problems")
-    folder, resume = storage.checkpoint_folder("run", {"lam": 1.0}, [Path("data")])
+    folder, resume = storage.checkpoint_folder("run", "one")
     assert not resume
     checkpoint(folder, 1, "{}")
-    assert storage.checkpoint_folder("run", {"lam": 1.0}, [Path("data")]) == (folder, True)
-    assert storage.checkpoint_folder("run", {"lam": 2.0}, [Path("data")]) == (folder, False)
+    assert storage.checkpoint_folder("run", "one") == (folder, True)
+    assert storage.checkpoint_folder("run", "another") == (folder, False)
     assert "was made by other settings" in capsys.readouterr().out
-    checkpoint(folder, 1, "{}")
-    Path("data").write_text("other problems")
-    assert storage.checkpoint_folder("run", {"lam": 2.0}, [Path("data")]) == (folder, False)
+
+
+def test_a_fingerprint_tells_settings_inputs_and_code_apart(monkeypatch):
+    Path("weights").write_bytes(b"1")
+    found = {storage.fingerprint({"lam": lam}, [Path("weights")]) for lam in (1.0, 2.0, 1.0)}
+    assert len(found) == 2
+    Path("weights").write_bytes(b"2")
+    found.add(storage.fingerprint({"lam": 1.0}, [Path("weights")]))
+    package = Path("package")
+    package.mkdir()
+    (package / "storage.py").touch()
+    monkeypatch.setattr(storage, "__file__", str(package / "storage.py"))
+    found.add(storage.fingerprint({"lam": 1.0}, [Path("weights")]))
+    assert len(found) == 4
 
 
 def test_a_checkpoint_cut_off_in_writing_is_dropped_and_the_one_before_serves():
-    folder, _ = storage.checkpoint_folder("run", {}, [])
+    folder, _ = storage.checkpoint_folder("run", "one")
     checkpoint(folder, 1, "{}")
     checkpoint(folder, 2, '{"global_st')
     (folder / "checkpoint-3").mkdir()
-    assert storage.checkpoint_folder("run", {}, []) == (folder, True)
+    assert storage.checkpoint_folder("run", "one") == (folder, True)
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
-
-
-def test_a_notebook_finds_the_root_from_below_it_and_says_where_there_is_none(tmp_path, monkeypatch):
-    (tmp_path / "params.yaml").touch()
-    (tmp_path / "notebooks").mkdir()
-    monkeypatch.chdir(tmp_path / "notebooks")
-    assert storage.enter_repository() == tmp_path
-    (tmp_path / "params.yaml").unlink()
-    with pytest.raises(FileNotFoundError, match="not inside a clone"):
-        storage.enter_repository()
 
 
 @pytest.mark.parametrize(("text", "value"), [("2e-5", 2e-5), ("-1E+3", -1e3), ("1.5", 1.5), ("e5", "e5"), ("2e", "2e")])
@@ -84,6 +79,16 @@ def test_a_number_without_a_point_is_one(text, value, tmp_path):
     assert storage.read_yaml(tmp_path / "params.yaml") == {"train": {"learning_rate": value}}
 
 
-def test_a_parameter_file_makes_no_objects():
-    with pytest.raises(yaml.constructor.ConstructorError):
-        storage.parse_yaml("!!python/object/apply:os.getcwd []")
+@pytest.mark.parametrize("text", ["", "[1, 2]", "a: [1", "a: {", "!!python/object/apply:os.getcwd []", "a: *b", "\x00"])
+def test_what_is_no_mapping_is_said_in_one_line_and_makes_no_objects(text):
+    Path("params.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"params\.yaml") as raised:
+        storage.read_yaml(Path("params.yaml"))
+    assert "\n" not in str(raised.value)
+
+
+def test_overrides_take_the_place_of_what_a_file_says():
+    Path("params.yaml").write_text("a: {b: 1, c: 2}\nd: [1, 2]\n")
+    assert storage.read_yaml(Path("params.yaml"), "a.b=3", "d=[4]", "e.f=x") == {
+        "a": {"b": 3, "c": 2}, "d": [4], "e": {"f": "x"}
+    }  # fmt: skip

@@ -1,0 +1,256 @@
+"""Experiments from a parameter file: what it may say, and a whole one on small models from the command line."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from test_models import write_model
+
+from cmdp import cli, train
+from cmdp.methods import METHODS
+from cmdp.models import build_model, build_tokenizer, load_tokenizer
+from cmdp.tasks import arithmetic
+
+ROOT = Path(__file__).parents[1]
+PROFILES = [path for path in sorted((ROOT / "profiles").glob("*.yaml")) if path.stem != "smoke"]
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """The path of a profile of small models, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CMDP_TRACEBACK", "")
+    tokenizer = build_tokenizer(arithmetic.vocabulary())
+    for seed, role in enumerate(("student", "teacher")):
+        model = build_model(tokenizer, layers=1, hidden=16, heads=2, seed=seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter *= 8 if parameter.dim() == 2 else 1  # far from uniform
+        model.save_pretrained(role)
+        tokenizer.save_pretrained(role)
+    settings = {
+        "task": {
+            "name": "arithmetic",
+            "sizes": {"test": 4, "train": 8},
+            "steps": [2, 3],
+            "seed": 0,
+            "prompt_length": 40,
+        },
+        "student": {"model": "student", "lora": {"r": 2}},
+        "teacher": {"model": "teacher"},
+        "budget": {"budget": 1.5, "budget_form": "total"},
+        "train": {
+            "max_steps": 4,
+            "per_device_train_batch_size": 4,
+            "num_generations": 2,
+            "max_completion_length": 6,
+            "save_steps": 1,
+            "logging_steps": 1,
+            "use_cpu": True,
+        },
+        "runs": {"sft": {"method": "sft"}, "cmdp": {"method": "cmdp", "lam": 1.0}},
+        "seeds": [0, 1],
+        "evaluate": {"split": "test", "prompts": 3, "samples": 2, "batch_size": 4},
+    }
+    Path("small.yaml").write_text(yaml.safe_dump(settings))
+    return Path("small.yaml")
+
+
+def command(monkeypatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["cmdp", *words])
+    cli.main()
+
+
+def test_a_whole_experiment_runs_from_the_command_line(small, monkeypatch, capsys):
+    command(monkeypatch, "memory", "--config", str(small))
+    command(monkeypatch, "train", "--config", str(small))
+    for run in ("sft", "cmdp"):
+        for seed in (0, 1):
+            files = {path.name for path in Path(f"models/small/{run}/{seed}").iterdir()}
+            assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "cmdp.json"} <= files
+            assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]
+            assert len(pd.read_csv(f"results/small/completions/{run}/{seed}.csv")) == 3 * (2 + 1)
+    assert len(train.gather(Path("results/small"), "training").query("run == 'cmdp'")) == 2 * 4
+    memory = json.loads(Path("results/small/memory/cmdp/0.json").read_text())
+    assert 0 < memory["summed_gib"] < 2
+    assert memory["taken_gib"] > 0
+    assert memory["device"]
+    assert memory["threads"] == torch.get_num_threads()
+    summary = pd.read_csv("results/small/summary.csv").set_index(["run", "measure"])
+    assert summary.loc[("cmdp", "csr"), "seeds"] == 2
+    assert not list(Path("checkpoints").rglob("checkpoint-*"))
+    # the record beside the weights says what they were trained with, and what was measured
+    record = json.loads(Path("models/small/cmdp/1/cmdp.json").read_text())
+    assert (record["method"], record["seed"], record["student"], record["teacher"]) == ("cmdp", 1, "student", "teacher")
+    assert (record["settings"]["lam"], record["settings"]["budget"], record["settings"]["max_steps"]) == (1.0, 1.5, 4)
+    one = pd.read_csv("results/small/completions/cmdp/1.csv").query("decoding == 'sampled'")
+    assert record["measured"]["csr"]["mean"] == pytest.approx((one["cost"] <= 1.5).mean())
+    assert record["measured"]["prompts"] == 3
+    # finished runs are not trained again, unless what they were made from changes
+    capsys.readouterr()
+    command(monkeypatch, "train", "--config", str(small), "--run", "cmdp", "--seed", "1")
+    assert "models/small/cmdp/1 is finished" in capsys.readouterr().out
+    before = Path("results/small/training/cmdp/1.csv").read_text()
+    changes = ("train.learning_rate=0.5", "train.max_steps=2")
+    command(monkeypatch, "train", "--config", str(small), *changes, "--run", "cmdp", "--seed", "1")
+    assert len(pd.read_csv("results/small/training/cmdp/1.csv")) == 2
+    assert Path("results/small/training/cmdp/1.csv").read_text() != before
+    record = json.loads(Path("models/small/cmdp/1/cmdp.json").read_text())
+    assert (record["settings"]["learning_rate"], record["settings"]["max_steps"]) == (0.5, 2)
+
+
+def test_an_interrupted_run_resumes_from_its_checkpoint(small, monkeypatch):
+    from cmdp.trainer import CMDPTrainer
+
+    step, steps = CMDPTrainer.training_step, []
+
+    def cut(trainer, *arguments, **options):
+        steps.append(trainer.state.global_step)
+        if len(steps) == 3:
+            raise ValueError("the power is gone")
+        return step(trainer, *arguments, **options)
+
+    monkeypatch.setattr(CMDPTrainer, "training_step", cut)
+    one = ("train", "--config", str(small), "--run", "cmdp", "--seed", "0")
+    with pytest.raises(SystemExit, match="the power is gone"):
+        command(monkeypatch, *one)
+    assert not Path("models/small/cmdp/0").exists()
+    command(monkeypatch, *one)
+    assert steps == [0, 1, 2, 2, 3]
+    assert pd.read_csv("results/small/training/cmdp/0.csv")["step"].dropna().tolist()[:4] == [1, 2, 3, 4]
+
+
+def test_a_run_cut_off_after_its_last_checkpoint_takes_no_further_step(small, monkeypatch):
+    """Its weights are those of the checkpoint, and equal to those of a run that was not cut off."""
+    from cmdp.trainer import CMDPTrainer
+
+    experiment = train.read(small)
+    whole = (train.train(experiment, "cmdp", 0) / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree("models")
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="the power is gone"):
+        patched.setattr(train, "whole", lambda folder: (_ for _ in ()).throw(OSError("the power is gone")))
+        train.train(experiment, "cmdp", 0)
+    monkeypatch.setattr(CMDPTrainer, "training_step", lambda *_: pytest.fail("a step beyond the last"))
+    assert (train.train(experiment, "cmdp", 0) / "adapter_model.safetensors").read_bytes() == whole
+
+
+def test_training_all_weights_saves_a_model_that_evaluation_loads(small, monkeypatch):
+    command(monkeypatch, "train", "--config", str(small), "--run", "cmdp", "--seed", "0", "student.lora=null")
+    assert Path("models/small/cmdp/0/model.safetensors").is_file()
+    assert Path("results/small/completions/cmdp/0.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--config", "none.yaml"), r"There is no none\.yaml"),
+        (("--config", "small.yaml", "--run", "ppo"), r"small\.yaml has no run 'ppo'. It has: cmdp, sft"),
+        (("--config", "small.yaml", "runs.cmdp.method=cmdp-adptive"), "There is no method 'cmdp-adptive'"),
+        (("--config", "small.yaml", "train.steps=3"), "steps is no field of CMDPConfig"),
+        (("--config", "small.yaml", "runs.cmdp.lambda=3"), "lambda is no field of CMDPConfig"),
+        (("--config", "small.yaml", "runs.cmdp.lam=-1"), "lam"),
+        (("--config", "small.yaml", "trian.max_steps=3"), "trian"),
+        (("--config", "small.yaml", "student.fourbit=true"), "fourbit"),
+        (("--config", "small.yaml", "student.lora.rank=4"), "student.lora has no rank"),
+        (("--config", "small.yaml", "budget.budget=abc"), "budget.budget"),
+        (("--config", "small.yaml", "budget.budget=-1"), "budget must be 0 nats or more"),
+        (("--config", "small.yaml", "budget.budget_form=both"), "total"),
+        (("--config", "small.yaml", "evaluate.foo=3"), "evaluate.foo|'foo'"),
+        (("--config", "small.yaml", "seeds=abc"), "seeds"),
+        (("--config", "small.yaml", "seeds=[0"), "seeds"),
+        (("--config", "small.yaml", "train.max_steps=many"), "max_steps"),
+        (("--config", "small.yaml", "task.name=chess"), "chess"),
+        (("--config", "small.yaml", "task.size=3"), "size"),
+        (("--config", "small.yaml", "nonsense"), "'nonsense' is no override"),
+        (("--config", "empty.yaml"), r"empty\.yaml is empty"),
+        (("--config", "broken.yaml"), r"broken\.yaml"),
+        (("--config", "small.yaml", "student.model=nowhere"), "There is no local folder nowhere"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line_before_weights_load(small, monkeypatch, words, message):
+    from cmdp import models
+
+    monkeypatch.setattr(models, "load_base", lambda *_: pytest.fail("weights were loaded"))
+    Path("empty.yaml").touch()
+    Path("broken.yaml").write_text("task: [1")
+    with pytest.raises(SystemExit, match=message) as raised:
+        command(monkeypatch, "train", *words)
+    assert "\n" not in str(raised.value)
+    assert not Path("models").exists()
+
+
+def test_the_weights_of_a_parameter_file_are_not_trained_without_the_memory(small, monkeypatch):
+    for role in ("student", "teacher"):
+        (Path(role) / "model.safetensors").unlink()
+    with pytest.raises(SystemExit, match=r"Training would take .* GiB of memory and this device has .* generation"):
+        command(monkeypatch, "train", "--config", str(small), "train.per_device_train_batch_size=100000000")
+    assert not Path("models").exists()
+
+
+def test_another_vocabulary_is_refused_before_weights_load(small, monkeypatch):
+    build_tokenizer(["other", "words"]).save_pretrained("teacher")
+    with pytest.raises(SystemExit, match="different vocabularies"):
+        command(monkeypatch, "train", "--config", str(small))
+    assert not Path("models").exists()
+
+
+@pytest.mark.parametrize("method", ["dual", "minillm", "kdrl", "worst-case", "cmdp-adaptive", "trl-grpo", "trl-gkd"])
+def test_every_kind_of_method_trains(small, method):
+    own = {"dual": ["dual_rate=0.1"], "worst-case": ["step_budget=0.1"]}.get(method, [])
+    words = [f"runs.one.{word}" for word in [f"method={method}", *own]]
+    folder = train.train(train.read(small, *words, "student.lora=null", "train.max_steps=1"), "one", 3)
+    changed = (folder / "model.safetensors").read_bytes() != Path("student/model.safetensors").read_bytes()
+    assert changed == (method != "trl-grpo")  # no completion is right: nothing to learn from the task reward alone
+    assert json.loads((folder / "cmdp.json").read_text())["method"] == method
+
+
+def test_prompts_carry_their_own_special_tokens_and_are_tokenised_without_more(tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    folder = write_model(tmp_path / "base", "llama", 0)
+    plain = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.bos_token = "<unk>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 2)])
+    assert tokenizer("a b").input_ids == [2, 3, 4]
+    rows = [{"prompt": "a b", "answer": "c"}, {"prompt": "a b c d e f g", "answer": "d"}]
+    problems = train.within(rows, tokenizer, longest=4)
+    assert [row["answer"] for row in problems] == ["c"]  # the other is too long
+    assert problems[0]["prompt"] == "<unk>a b"
+    assert train._plain(tokenizer)(problems[0]["prompt"]).input_ids == [2, 3, 4]
+    assert tokenizer("a b").input_ids == [2, 3, 4]  # what is saved with the student
+    assert train.within(rows[:1], plain, longest=4)[0]["prompt"] == "a b"
+    with pytest.raises(ValueError, match=r"raise task\.prompt_length"):
+        train.within(rows, tokenizer, longest=1)
+
+
+def test_numbers_without_a_point_and_lists_are_read_as_such(small):
+    experiment = train.read(small, "train.learning_rate=2e-5", "budget.budget=1e-1", "runs.cmdp.lam=3e-1", "seeds=[7]")
+    settings = experiment.settings("cmdp", 7)
+    assert (settings["learning_rate"], settings["budget"], settings["lam"]) == (2e-5, 0.1, 0.3)
+    assert experiment.seeds == [7]
+
+
+def test_a_student_is_measured_as_it_was_trained_not_as_its_makers_chat_with_it(small, monkeypatch):
+    found = []
+    for chat in ({}, {"do_sample": True, "top_p": 0.01, "repetition_penalty": 9.0}):
+        Path("student/generation_config.json").write_text(json.dumps(chat))
+        command(monkeypatch, "train", "--config", str(small), "--run", "sft", "--seed", "0")
+        found.append(pd.read_csv("results/small/texts/sft/0.csv"))
+    pd.testing.assert_frame_equal(*found)
+
+
+# ---- the profiles of the repository ----
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_profiles_are_complete_and_name_known_methods(path):
+    experiment = train.read(path)
+    assert experiment.name == path.stem
+    assert {row["method"] for row in experiment.runs.values()} <= {"sft", *METHODS}
+    assert experiment.task["prompt_length"] > 0
