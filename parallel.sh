@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# parallel.sh JOBS GROUP...: `dvc repro` of each group of stages, "a b", in turn, with their items JOBS at a time.
-# DVC itself runs one item after the other, but allows several `dvc repro` at once on different ones, which this uses.
+# parallel.sh JOBS STAGE...: `dvc repro` of each stage in turn, the items of one stage JOBS at a time.
+# FLAGS are passed on. DVC runs one item after the other, but allows several `dvc repro` at once on different ones.
 set -eu
 jobs=$1
 shift
 all=$(dvc stage list --name-only)
-for group in "$@"; do
+for stage in "$@"; do
     # one item without what it depends on: checking that would lock it for writing, and the others read it
-    for stage in $group; do grep -xE "$stage(@.*)?" <<<"$all"; done |
-        xargs -P "$jobs" -n 1 dvc --wait-for-lock repro --single-item
+    grep -xE "($stage)(@.*)?" <<<"$all" | xargs -P "$jobs" -n 1 dvc --wait-for-lock repro --single-item ${FLAGS:-}
 done

@@ -1,7 +1,7 @@
-"""Measure a student on held-out prompts: one tidy table a run (method, section 8).
+"""Evaluation: sample from a student, and record what each completion earns and costs (method, section 8).
 
-Each row is one completion: is its answer right, is its derivation, what did it cost under the teacher. What depends on
-a budget is left to whoever reads the table, so that one evaluation serves the whole frontier.
+The result is a table with one row per completion. Budget-dependent metrics are computed downstream (`statistics`), so
+one evaluation serves the whole frontier.
 """
 
 from types import ModuleType
@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from cmdp.divergence import divergence_from_hidden, lm_head
+from cmdp.divergence import TILE, divergence_from_hidden, lm_head
 from cmdp.reward import cumulative_cost, modified_reward, trajectory_budget
 
-# Quantiles over trajectories that the table of cumulative costs keeps at each position
-QUANTILES = (0.1, 0.5, 0.9)
+QUANTILES = (0.1, 0.5, 0.9)  # of the cumulative cost at each position
 
 
 @torch.no_grad()
@@ -31,56 +30,51 @@ def evaluate(
     seed: int,
     greedy: bool = True,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Sample `samples` completions a problem at temperature 1, and with `greedy` one more greedily.
+    """Sample `samples` completions per problem at temperature 1, and with `greedy` one more greedily.
 
     Returns:
-        completions: a row a completion, with `prompt` (its index), `decoding`, `correct`, `valid` (every step right),
-            `tokens`, `truncated`, `entropy` (mean, nats a token), `cost` (C, nats), `peak` (the costliest token's),
-            `confidence` (the student's probability of the last token before the end, the answer's) and, where the task
-            tells styles apart, `style`; and `completion`, the text.
-        positions: for sampled completions and each position, how many reach it (`count`) and, over all, mean and
-            quantiles of the cumulative cost C_t in nats, constant after a completion's end.
+        completions: one row per completion: `prompt` (index), `decoding`, `correct`, `valid` (every step right),
+            `tokens`, `truncated`, `entropy` (mean, nats per token), `cost` (C, nats), `peak` (the costliest token's),
+            and the text as `completion`. Where the task has `style`, also that and `confidence`: such a task's answer
+            is the last token before the end, and this is the student's probability of it.
+        positions: over sampled completions, at each position: `count` (completions that reach it), mean and quantiles
+            of the cumulative cost C_t in nats, constant after a completion's end.
     """
     student.eval(), teacher.eval()
     torch.manual_seed(seed)
-    rows, curves = [], []
+    tables, curves = [], []
     for decoding, repeats in (("sampled", samples), ("greedy", int(greedy))):
         order = [index for index in range(len(problems)) for _ in range(repeats)]
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             batch = [problems[index] for index in indices]
-            ids, attention, completion_ids, mask = generate(
+            ids, attention, completion_ids, mask, ended = generate(
                 student, tokenizer, [row["prompt"] for row in batch], decoding == "sampled", max_completion_length
             )
             cost, entropy, log_probs = score(student, teacher, len(tokenizer), ids, attention, mask)
-            answer = (mask.sum(dim=1) - 2).clamp(min=0)
-            confidence = log_probs.gather(1, answer[:, None])[:, 0].exp()
             texts = tokenizer.batch_decode(completion_ids.masked_fill(mask == 0, tokenizer.pad_token_id), True)
-            ended = (completion_ids * mask == tokenizer.eos_token_id).any(dim=1)
             length = mask.sum(dim=1)
-            for i, (index, problem, text) in enumerate(zip(indices, batch, texts, strict=True)):
-                rows.append(
-                    {
-                        "prompt": index,
-                        "decoding": decoding,
-                        "correct": int(task.is_correct(text, problem["answer"])),
-                        "valid": int(task.steps_are_valid(text, problem["prompt"])),
-                        "tokens": length[i].item(),
-                        "truncated": int(not ended[i].item()),
-                        "entropy": (entropy[i].sum() / length[i].clamp(min=1)).item(),
-                        "cost": cost[i].sum().item(),
-                        "peak": cost[i].max().item(),
-                        "confidence": confidence[i].item(),
-                        "completion": text,
-                        **({"style": task.style(text)} if hasattr(task, "style") else {}),
-                    }
-                )
+            columns = {
+                "prompt": indices,
+                "decoding": decoding,
+                "correct": [int(task.is_correct(text, row["answer"])) for text, row in zip(texts, batch, strict=True)],
+                "valid": [int(task.steps_are_valid(t, row["prompt"])) for t, row in zip(texts, batch, strict=True)],
+                "tokens": length.tolist(),
+                "truncated": (~ended).int().tolist(),
+                "entropy": (entropy.sum(dim=1) / length.clamp(min=1)).tolist(),
+                "cost": cost.sum(dim=1).tolist(),
+                "peak": cost.amax(dim=1).tolist(),
+            }
+            if hasattr(task, "style"):
+                answer = (length - 2).clamp(min=0)
+                columns["confidence"] = log_probs.gather(1, answer[:, None])[:, 0].exp().tolist()
+                columns["style"] = [task.style(text) for text in texts]
+            tables.append(pd.DataFrame(columns | {"completion": texts}))
             if decoding == "sampled":
-                padding = max_completion_length - mask.shape[1]
                 total = cumulative_cost(cost, mask)
-                total = torch.cat([total, total[:, -1:].expand(-1, padding)], dim=1)
+                total = torch.cat([total, total[:, -1:].expand(-1, max_completion_length - mask.shape[1])], dim=1)
                 curves.append((total.cpu(), length.cpu()))
-    return pd.DataFrame(rows), _positions(curves)
+    return pd.concat(tables, ignore_index=True), _positions(curves)
 
 
 def generate(
@@ -89,12 +83,17 @@ def generate(
     prompts: list[str],
     sample: bool,
     max_completion_length: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Complete `prompts`, at temperature 1 or greedily.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Complete `prompts`, at temperature 1 or greedily. A completion stops at the tokenizer's end token and at every
+    end token of the model's generation config, whose other settings (top_p, penalties) are not used.
 
     Returns:
-        ids (B, P + T), attention over them, the completion's ids (B, T) and its mask, which ends with the end token.
+        ids (B, P + T); attention over them; the completion's ids (B, T); its mask (B, T), which ends with the end
+        token; and whether each completion ended (B,) rather than being cut at the length limit.
     """
+    own = student.generation_config
+    named = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    ends = sorted({tokenizer.eos_token_id, *named} - {None})
     encoded = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(student.device)
     config = GenerationConfig(
         max_new_tokens=max_completion_length,
@@ -102,20 +101,24 @@ def generate(
         temperature=1.0 if sample else None,
         top_k=0 if sample else None,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends,
     )
-    ids = student.generate(encoded.input_ids, attention_mask=encoded.attention_mask, generation_config=config)
+    student.generation_config = GenerationConfig()  # it would fill in what `config` leaves open
+    try:
+        ids = student.generate(encoded.input_ids, attention_mask=encoded.attention_mask, generation_config=config)
+    finally:
+        student.generation_config = own
     completion_ids = ids[:, encoded.input_ids.shape[1] :]
-    is_end = completion_ids == tokenizer.eos_token_id
+    is_end = torch.isin(completion_ids, torch.tensor(ends, device=ids.device))
     mask = (is_end.cumsum(dim=1) - is_end.long() == 0).long()
-    return ids, torch.cat([encoded.attention_mask, mask], dim=1), completion_ids, mask
+    return ids, torch.cat([encoded.attention_mask, mask], dim=1), completion_ids, mask, (is_end * mask).any(dim=1)
 
 
 def score(
     student: PreTrainedModel, teacher: PreTrainedModel, vocab_size: int, ids: Tensor, attention: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """At each completion token the reverse KL to the teacher, the student's entropy and its log-probability of the
-    token, in nats: (B, T) each."""
+    """At each completion token the reverse KL to the teacher, the student's entropy, and its log-probability of the
+    token, in nats: (B, T) each, 0 off the mask."""
     keep = mask.shape[1]
     hidden = [
         model.base_model(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state[:, -keep - 1 : -1]
@@ -123,12 +126,13 @@ def score(
     ]
     heads = [lm_head(model, vocab_size) for model in (student, teacher)]
     cost = divergence_from_hidden(hidden[0], heads[0], hidden[1], heads[1], mask).clamp(min=0.0)
-    entropy, log_probs = torch.zeros_like(cost), torch.zeros_like(cost)
-    for row in range(len(ids)):  # a completion at a time: (T, V) logits of one model
-        logps = heads[0].logits(hidden[0][row]).log_softmax(-1)
-        entropy[row] = -(logps.exp() * logps).sum(-1) * mask[row]
-        log_probs[row] = logps.gather(-1, ids[row, -keep:, None])[:, 0] * mask[row]
-    return cost, entropy, log_probs
+    on, rows = mask != 0, max(1, TILE // vocab_size)  # a tile of tokens at a time: (rows, V) logits of one model
+    entropies, log_probs = [], []
+    for states, tokens in zip(hidden[0][on].split(rows), ids[:, -keep:][on].split(rows), strict=True):
+        logps = heads[0].logits(states).log_softmax(-1)
+        entropies.append(-(logps.exp() * logps).sum(-1))
+        log_probs.append(logps.gather(-1, tokens[:, None])[:, 0])
+    return cost, *(torch.zeros_like(cost).masked_scatter(on, torch.cat(x)) for x in (entropies, log_probs))
 
 
 def ledger(
@@ -147,23 +151,21 @@ def ledger(
         settings: `budget`, `budget_form`, `lam` and, optionally, `penalty`.
 
     Returns:
-        A row a token: `token`, its `cost`, `cumulative` cost C_t and `remaining` budget z_t in nats, and what the two
-        forms of the modified reward pay for it, `exhausted` and `overshoot`.
+        One row per token: `token`, its `cost`, the `cumulative` cost C_t and the `remaining` budget z_t in nats, and
+        what two forms of the modified reward pay for it, `exhausted` and `overshoot`.
     """
     torch.manual_seed(seed)
-    ids, attention, completion_ids, mask = generate(
-        student, tokenizer, [problem["prompt"]], True, max_completion_length
-    )
     with torch.no_grad():
+        ids, attention, completion_ids, mask, _ = generate(
+            student, tokenizer, [problem["prompt"]], True, max_completion_length
+        )
         cost, _, _ = score(student, teacher, len(tokenizer), ids, attention, mask)
     text = tokenizer.decode(completion_ids[0], skip_special_tokens=True)
-    right = torch.tensor([float(task.is_correct(text, problem["answer"]))])
+    correct = torch.tensor([float(task.is_correct(text, problem["answer"]))])
     budget = trajectory_budget(settings["budget"], mask, settings["budget_form"])
-    length = int(mask.sum())
-    rewards = {
-        form: modified_reward(
-            right, cost, mask, budget, lam=settings["lam"], penalty=settings.get("penalty", 0.0), form=form
-        ).reward[0, :length]
+    length, strengths = int(mask.sum()), {"lam": settings["lam"], "penalty": settings.get("penalty", 0.0)}
+    forms = {
+        form: modified_reward(correct, cost, mask, budget, form=form, **strengths)
         for form in ("exhausted", "overshoot")
     }
     total = cumulative_cost(cost, mask)[0, :length]
@@ -173,7 +175,7 @@ def ledger(
             "cost": cost[0, :length],
             "cumulative": total,
             "remaining": budget[0] - total,
-            **rewards,
+            **{form: modified.reward[0, :length] for form, modified in forms.items()},
         }
     )
 

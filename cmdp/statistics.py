@@ -1,4 +1,4 @@
-"""Means with 95 % bootstrap intervals over seeds and prompts, from the tables that `evaluation` writes."""
+"""Means with 95 % bootstrap intervals over seeds and prompts (crossed), from the tables of `evaluation`."""
 
 import functools
 
@@ -11,8 +11,8 @@ FEW_RESAMPLES = 200  # for what is no mean and takes long
 
 
 def with_budget(completions: pd.DataFrame, budget: float, budget_form: str = "total") -> pd.DataFrame:
-    """Add what depends on the budget: `satisfied` (C <= d), `kl` (nats a token) and `correct_within` (right and
-    satisfied: the task reward that the constraint leaves)."""
+    """Add what depends on the budget: `satisfied` (C <= d), `kl` (nats per token) and `correct_within` (right and
+    satisfied: the task reward under the constraint)."""
     limit = budget if budget_form == "total" else budget * completions["tokens"]
     satisfied = (completions["cost"] <= limit).astype(int)
     return completions.assign(
@@ -30,7 +30,7 @@ def cells(completions: pd.DataFrame, column: str) -> np.ndarray:
 def bootstrap(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> np.ndarray:
     """Means of `values` (seeds, prompts) with seeds and prompts drawn anew, with replacement: (resamples,).
 
-    Two arrays of one shape are resampled alike under one seed, so that the difference of their bootstraps is paired.
+    Arrays of one shape share resamples under one seed (paired bootstrap).
     """
     by_seed, by_prompt = _draws(*values.shape, seed, resamples)
     return np.einsum("rs,sp,rp->r", by_seed, values, by_prompt, optimize=True)
@@ -58,7 +58,8 @@ def interval(
 
 
 def summarise(completions: pd.DataFrame, budget: float, budget_form: str = "total") -> pd.DataFrame:
-    """One row a run and measure: `run`, `measure`, `mean`, `low`, `high`, `seeds`.
+    """One row per run and measure: `run`, `measure`, `mean`, `low`, `high`, `seeds`. Without greedy rows there is
+    no greedy accuracy.
 
     Args:
         completions: the tables of all runs, with columns `run` and `seed`.
@@ -80,6 +81,8 @@ def summarise(completions: pd.DataFrame, budget: float, budget_form: str = "tota
             "truncated": (sampled, "truncated"),
         }
         for measure, (table, column) in measures.items():
+            if table.empty:
+                continue
             mean, low, high = interval(cells(table, column))
             rows.append((run, measure, mean, low, high, group["seed"].nunique()))
     return pd.DataFrame(rows, columns=["run", "measure", "mean", "low", "high", "seeds"])

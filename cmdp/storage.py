@@ -1,12 +1,10 @@
-"""How a stage keeps its files: outputs that appear whole or not at all, checkpoints that fit what is being run, and a
-record of what produced the results."""
+"""Atomic writes, YAML, checkpoint fingerprints, provenance."""
 
 import contextlib
 import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -15,52 +13,48 @@ from pathlib import Path
 
 import pandas as pd
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 CHECKPOINTS = Path("checkpoints")
-MAKERS = ("budget", "divergence", "evaluation", "methods", "models", "reward", "supervised", "tasks", "trainer")
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy", "pandas")
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads 2e-5, without a point, as the number that it is to everyone but YAML 1.1."""
-
-
-_NUMBER = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789"))
-
-
-def parse_yaml(text: str):
-    """What a YAML text says: mappings, lists, strings and numbers alone."""
-    return yaml.load(text, _Loader)  # a safe loader: it makes no objects
-
-
-def read_yaml(path: Path) -> dict:
-    """The mapping that a parameter file holds."""
-    return parse_yaml(path.read_text(encoding="utf-8"))
-
-
-def enter_repository() -> Path:
-    """Make the repository's root the working folder, from wherever below it a notebook was opened.
+def read_yaml(path: Path, *overrides: str) -> dict:
+    """The mapping in a YAML file; `overrides` such as "train.max_steps=5" take the place of what it says.
 
     Raises:
-        FileNotFoundError: no folder above holds a params.yaml.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no mapping, or an override is malformed.
     """
-    for folder in (Path.cwd(), *Path.cwd().parents):
-        if (folder / "params.yaml").is_file():
-            os.chdir(folder)
-            return folder
-    raise FileNotFoundError(f"{Path.cwd()} is not inside a clone of the repository: no params.yaml above it.")
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no {path} in {Path.cwd()}.")
+    try:
+        content = OmegaConf.load(path)
+        if not OmegaConf.is_dict(content) or not content:
+            raise ValueError(f"{path} is empty or no mapping of names to values.")
+        for word in overrides:
+            if "=" not in word:
+                raise ValueError(f"{word!r} is no override: write section.field=value.")
+            content = OmegaConf.merge(content, OmegaConf.from_dotlist([word]))
+        return OmegaConf.to_container(content, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{' '.join([str(path), *overrides])}: {said}") from error
 
 
 @contextlib.contextmanager
 def whole(folder: Path) -> Iterator[Path]:
-    """A folder to fill; it takes the place of `folder` when the block ends, and is dropped if the block fails."""
+    """A folder to fill. It replaces `folder` when the block ends, and is dropped if the block fails."""
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    yield unfinished
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.replace(folder)
+    try:
+        yield unfinished
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.replace(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_text(text: str, path: Path) -> None:
@@ -77,34 +71,38 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
 
 
 def write_json(content: dict, path: Path) -> None:
-    """Write JSON that a person can read and a diff can show."""
+    """Write indented JSON."""
     write_text(json.dumps(content, indent=2) + "\n", path)
 
 
-def checkpoint_folder(name: str, settings: dict, inputs: list[Path]) -> tuple[Path, bool]:
-    """The folder for a training run's checkpoints, and whether there is one to go on from.
+def fingerprint(settings: dict, inputs: list[Path]) -> str:
+    """A digest of settings, input files and the package's code: what a checkpoint or a result was made from."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for path in [*sorted(Path(__file__).parent.rglob("*.py")), *sorted(inputs)]:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
-    A checkpoint fits only the run that it was made by: the same settings, the same input files and the same code of
-    the modules that train and measure, `MAKERS`. One that does not fit is deleted, with a line that says so.
+
+def checkpoint_folder(name: str, made_by: str) -> tuple[Path, bool]:
+    """The folder for a run's checkpoints, and whether it holds one to resume from.
+
+    A checkpoint fits only the fingerprint `made_by` of the run that wrote it; one that does not is deleted, with a line
+    that says so.
     """
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    package = Path(__file__).parent
-    code = [path for maker in MAKERS for path in (*package.glob(f"{maker}.py"), *package.glob(f"{maker}/*.py"))]
-    for path in sorted([*inputs, *code]):
-        digest.update(path.read_bytes())
     folder = CHECKPOINTS / name
     mark = folder / "made-by.txt"
-    if not mark.is_file() or mark.read_text() != digest.hexdigest():
+    if not mark.is_file() or mark.read_text() != made_by:
         if mark.is_file():
-            print(f"{folder} was made by other settings, inputs or code: it is begun anew.")
+            print(f"{folder} was made by other settings, inputs or code: starting over.")
         shutil.rmtree(folder, ignore_errors=True)
-        write_text(digest.hexdigest(), mark)
+        write_text(made_by, mark)
     return folder, any([complete(path) for path in folder.glob("checkpoint-*")])
 
 
 def complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end. One cut off on the way is deleted, so that no run resumes from it:
-    the trainer writes `trainer_state.json` last."""
+    """Whether a checkpoint was written to its end; one that was cut off is deleted, so that no run resumes from it. The
+    trainer writes `trainer_state.json` last."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -114,19 +112,17 @@ def complete(checkpoint: Path) -> bool:
 
 
 def provenance() -> dict:
-    """What the results were made on: code, libraries, machine."""
+    """What a result was made on: code, libraries, machine."""
+    git, commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], ""
+    with contextlib.suppress(OSError):
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return {
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": commit or "unknown",
         "python": platform.python_version(),
         "libraries": {name: version(name) for name in LIBRARIES},
         "processor": processor(),
         "cores": os.cpu_count(),
     }
-
-
-def _git(*arguments: str) -> str:
-    result = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return result.stdout.strip() or "unknown"
 
 
 def processor() -> str:
