@@ -1,12 +1,15 @@
-"""Tasks: where problems come from, and what a right answer and a right derivation are.
+"""Tasks: the problems, what counts as a correct answer, and what counts as valid reasoning.
 
-A task is a module. `problems(...)` gives its problems, split by split: rows with `prompt`, `answer` and, for supervised
-learning, `solution`. `is_correct(completion, answer)` is the task reward and `steps_are_valid(completion, prompt)`
-checks the reasoning.
+A task is a module with `problems(...)`, its problems by split (rows with `prompt`, `answer` and `solution`);
+`is_correct(completion, answer)`, the task reward; and `steps_are_valid(completion, prompt)`.
 """
 
 import importlib
+import inspect
 import json
+import random
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -20,9 +23,104 @@ def load_task(name: str) -> ModuleType:
     return importlib.import_module(f"cmdp.tasks.{name}")
 
 
-def read_problems(path: str | Path) -> list[dict[str, str]]:
-    """The problems of a JSONL file, one a line."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There are no problems at {path}: run the data stage (`dvc repro data`) first.")
-    with open(path, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+def load_problems(settings: Mapping, tokenizer=None) -> dict[str, list[dict]]:
+    """The problems by split. `settings`, the `task` section of a parameter file, has the task's `name` and the
+    arguments of its `problems`. Raises `ValueError` where the name or an argument is unknown, or one is missing.
+    """
+    problems = load_task(settings.get("name")).problems
+    arguments = {key: value for key, value in settings.items() if key not in ("name", "prompt_length")}
+    signature = inspect.signature(problems)
+    if "tokenizer" in signature.parameters:
+        arguments["tokenizer"] = tokenizer
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        valid = ", ".join(name for name in signature.parameters if name != "tokenizer")
+        raise ValueError(f"Settings of task {settings['name']!r} are {valid}: {error}.") from error
+    return problems(**arguments)
+
+
+def read(source: str | Path, split: str, hub: Mapping[str, tuple], fields: tuple[str, ...]) -> list[dict]:
+    """The rows of a split ("train" or "test"), each with a text in all `fields`.
+
+    `source` is a data set on the Hub, if `hub` has it with the configurations to read; a folder with `<split>.jsonl`,
+    `<split>.parquet` or `<split>-*.parquet`; or such a file.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path, or the data set is neither cached nor reachable.
+        ValueError: a file cannot be read, or a row lacks a field.
+    """
+    path = Path(source)
+    if str(source) in hub and not path.exists():
+        from datasets import load_dataset
+
+        try:
+            rows = [row for name in hub[str(source)] for row in load_dataset(str(source), name, split=split)]
+        except (OSError, ValueError) as error:  # offline and not cached, or no connection
+            raise FileNotFoundError(
+                f"{source} is neither cached nor reachable on the Hub ({type(error).__name__}): unset HF_HUB_OFFLINE "
+                f"to download it, or give a folder with {split}.jsonl or {split}.parquet."
+            ) from error
+    else:
+        names = (f"{split}.jsonl", f"{split}.parquet", f"{split}-*.parquet")
+        files = [path] if path.is_file() else next((f for name in names if (f := sorted(path.glob(name)))), None)
+        if files is None:
+            raise FileNotFoundError(f"No problems at {path}: give {', '.join(names)} or one of {', '.join(hub)}.")
+        rows = [row for file in files for row in _read_file(file)]
+    for index, row in enumerate(rows):
+        if missing := [name for name in fields if not isinstance(row, dict) or not isinstance(row.get(name), str)]:
+            raise ValueError(f"Problem {index + 1} of {source} ({split}) has no text in {missing}.")
+    return rows
+
+
+def _read_file(path: Path) -> list[dict]:
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            return pyarrow.parquet.read_table(path).to_pylist()
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except ValueError as error:  # neither UTF-8 nor JSON, or no parquet
+        raise ValueError(f"{path} is not {path.suffix[1:].upper()} with one problem per line: {error}") from error
+
+
+def cut(train: list[dict], test: list[dict], sizes: Mapping[str, int | None], seed: int) -> dict[str, list[dict]]:
+    """Disjoint splits: "test" from the head of `test`, all others from `train`, shuffled by `seed`, in the order of
+    `sizes`; None takes all that is left. A question is kept once, and not in `train` if `test` has it.
+
+    Raises:
+        ValueError: there are too few problems.
+    """
+    first: dict[str, dict] = {}
+    for row in [*test, *train]:
+        first.setdefault(key(row["question"]), row)
+    heads = {key(row["question"]) for row in test}
+    tests, pool = ([row for asks, row in first.items() if (asks in heads) is is_test] for is_test in (True, False))
+    random.Random(seed).shuffle(pool)
+    splits = {}
+    for name, size in sizes.items():
+        source = tests if name == "test" else pool
+        if size is not None and size > len(source):
+            raise ValueError(f"There are {len(source)} problems left for {name!r}, and {size} were asked for.")
+        splits[name] = source[:size]
+        del source[:size]
+    return splits
+
+
+def key(question: str) -> str:
+    """What identifies a question: its words, numbers and signs, whatever its case, punctuation and white space."""
+    return " ".join(re.findall(r"\w+|[-+*/^=<>%.]", question.lower()))
+
+
+def rendered(splits: dict[str, list[dict]], instruction: str, tokenizer) -> dict[str, list[dict[str, str]]]:
+    """The splits as rows of `prompt`, `answer` and `solution`. A prompt is the question and the instruction: the user's
+    turn of the tokenizer's chat template, which writes the special tokens, or plain text without a template."""
+
+    def row(question: str, answer: str, solution: str) -> dict[str, str]:
+        prompt = f"{instruction}\n\nQuestion: {question}\nAnswer:"
+        if tokenizer is not None and tokenizer.chat_template:
+            message = {"role": "user", "content": f"{question}\n\n{instruction}"}
+            prompt = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        return {"prompt": prompt, "answer": answer, "solution": solution}
+
+    return {name: [row(**problem) for problem in rows] for name, rows in splits.items()}

@@ -3,9 +3,8 @@
     Ana has 7 then gets 5 then loses 3 then times 2 . how many ?
     so 7 + 5 = 12 ; 12 - 3 gives 9 ; next * 2 on 9 gives 18 ; # 18
 
-A solution writes one equation a step and then the answer. Each equation is phrased in one of nine ways, drawn at
-random: a teacher trained on that has entropy to lose, so that a student trained on the answer alone visibly
-drifts from it, to the phrasing that serves it best.
+A solution is one equation per step and then the answer. Each equation has one of nine phrasings, drawn at random, so
+that the teacher has entropy and a student trained on the answer alone visibly drifts to one phrasing.
 """
 
 import random
@@ -17,7 +16,7 @@ LEADS = ("", "so ", "next ")
 PHRASINGS = ("{a} {op} {b} = {c}", "{a} {op} {b} gives {c}", "{op} {b} on {a} gives {c}")
 LARGEST = 20  # no number in a problem or its solution is larger
 
-# Completions are anyone's text: a number has at most nine digits, since `int` raises past some thousands of them.
+# At most nine digits: `int` raises on thousands of them.
 _EQUATION = re.compile(
     r"(?:so |next )?(?:(?P<a>[0-9]{1,9}) (?P<op>[+*-]) (?P<b>[0-9]{1,9}) (?:=|gives)"
     r"|(?P<op2>[+*-]) (?P<b2>[0-9]{1,9}) on (?P<a2>[0-9]{1,9}) gives) (?P<c>[0-9]{1,9})"
@@ -27,7 +26,7 @@ _PROMPT = re.compile(r"has (\d+)|then (gets|loses|times) (\d+)")
 
 
 def vocabulary() -> list[str]:
-    """Every word that a prompt or a solution can hold; a word is a token."""
+    """Every word of prompts and solutions; each is one token."""
     words = ["has", "then", ".", "how", "many", "?", "so", "next", "=", "gives", "on", ";", "#", *VERBS.values()]
     return [*words, *NAMES, *VERBS, *map(str, range(LARGEST + 1))]
 
@@ -51,7 +50,7 @@ def draw(rng: random.Random, steps: int) -> tuple[int, list[tuple[str, int]]]:
 
 
 def render(rng: random.Random, start: int, operations: list[tuple[str, int]]) -> dict[str, str]:
-    """A problem as text: `prompt`, one `solution` with phrasings drawn at random, and the `answer`."""
+    """A problem as `prompt`, `solution` (with random phrasings) and `answer`."""
     prompt = f"{rng.choice(NAMES)} has {start}" + "".join(f" then {verb} {n}" for verb, n in operations)
     value, lines = start, []
     for verb, number in operations:
@@ -67,11 +66,8 @@ def render(rng: random.Random, start: int, operations: list[tuple[str, int]]) ->
 
 
 def problems(sizes: dict[str, int], steps: tuple[int, int], seed: int) -> dict[str, list[dict[str, str]]]:
-    """Draw splits of `sizes` problems with `steps` = (fewest, most) operations. No two problems have the same start and
-    operations, whoever's they are, within a split or across splits; the order of `sizes` is the order of drawing.
-
-    Raises:
-        ValueError: there are not so many different problems.
+    """Splits of `sizes` problems with `steps` = (fewest, most) operations, drawn in the order of `sizes`. No two
+    problems have the same start and operations. Raises `ValueError` where there are not so many different problems.
     """
     rng = random.Random(seed)
     seen: set = set()
@@ -98,8 +94,8 @@ def is_correct(completion: str, answer: str) -> bool:
 
 
 def steps_are_valid(completion: str, prompt: str) -> bool:
-    """Whether the completion is a right derivation: one true equation a step of the prompt, in order, each starting
-    from the value before, with the step's operation and number, and the last value as answer.
+    """Whether the completion is a valid derivation: for each step of the prompt, in order, one true equation with its
+    operation and number that starts from the value before; then the last value as answer.
     """
     found = [(m[1], m[2], m[3]) for m in _PROMPT.finditer(prompt)]
     value, operations = int(found[0][0]), [(VERBS[verb], int(n)) for _, verb, n in found[1:]]
@@ -118,8 +114,7 @@ def steps_are_valid(completion: str, prompt: str) -> bool:
 
 
 def style(completion: str) -> str:
-    """How the completion phrases its equations: for each line its lead and its form, as "so=" or "on"; "?" for a line
-    that is no equation."""
+    """How each equation is phrased, as its lead and form: "so=", "on", ...; "?" for what is no equation."""
     words = []
     for line in completion.strip().split(" ; ")[:-1]:
         match = _EQUATION.fullmatch(line)

@@ -1,71 +1,42 @@
 """Competition mathematics: MATH (Hendrycks et al., 2103.03874) and MATH-500, from the Hub or from files.
 
-A solution is prose and LaTeX, and its final answer stands in `\\boxed{}`: a number, an expression, an interval, a name.
+The final answer stands in `\\boxed{}`: a number, an expression, an interval, a name. `steps_are_valid` judges equations
+between numbers, which in MATH are only a part of the reasoning.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from cmdp.tasks import answers, corpus
-from cmdp.tasks.answers import is_correct
-from cmdp.tasks.gsm import steps_are_valid
+from cmdp import tasks
+from cmdp.tasks import answers
+from cmdp.tasks.answers import is_correct as is_correct
+from cmdp.tasks.gsm import steps_are_valid as steps_are_valid
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-# Of `steps_are_valid`: it judges equations between numbers, which in MATH are a part of the reasoning only
-__all__ = ["is_correct", "problems", "steps_are_valid"]
-
-SUBJECTS = (
-    "algebra",
-    "counting_and_probability",
-    "geometry",
-    "intermediate_algebra",
-    "number_theory",
-    "prealgebra",
-    "precalculus",
-)
-MATH_500 = "HuggingFaceH4/MATH-500"
-HUB = {"EleutherAI/hendrycks_math": SUBJECTS, MATH_500: ("default",)}
+_SUBJECTS = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus"
+HUB = {"EleutherAI/hendrycks_math": tuple(_SUBJECTS.split()), "HuggingFaceH4/MATH-500": ("default",)}
 INSTRUCTION = "Solve the problem step by step, and put your final answer within \\boxed{}."
 
 
 def problems(
-    source: str | Path,
-    sizes: dict[str, int | None],
-    seed: int,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
-    test: str | Path | None = None,
-) -> dict[str, list[dict[str, str]]]:
-    """Splits of `sizes` problems, which share no question; "test" is the test split, or a part of it, and all others
-    are cut from the training split by `seed`.
-
-    Args:
-        source: "EleutherAI/hendrycks_math" on the Hub, or a folder with train.jsonl and test.jsonl, whose rows have
-            `problem`, `solution` and, optionally, `answer` (otherwise what the solution has in its last `\\boxed{}`).
-        sizes: problems in each split; None takes all there are.
-        tokenizer: its chat template renders the prompts; without one they are plain text.
-        test: where the test split is, if not at `source`: "HuggingFaceH4/MATH-500", a folder, or a JSONL file.
-
-    Raises:
-        FileNotFoundError: the problems are not there, or not to be had offline.
-        ValueError: there are too few, or a row is not as it should be.
+    source: str | Path, sizes: dict[str, int | None], seed: int, tokenizer=None, test: str | Path | None = None
+) -> dict[str, list[dict]]:
+    """Disjoint splits, as of `gsm.problems`, from "EleutherAI/hendrycks_math" or files whose rows have `problem`,
+    `solution` and, optionally, `answer`. `test` is the source of the test split, if another: "HuggingFaceH4/MATH-500",
+    a folder or a file.
     """
-    splits = corpus.cut(read(source, "train"), read(test or source, "test"), sizes, seed)
-    return corpus.rendered(splits, INSTRUCTION, tokenizer)
+    return tasks.rendered(
+        tasks.cut(read(source, "train"), read(test or source, "test"), sizes, seed), INSTRUCTION, tokenizer
+    )
 
 
-def read(source: str | Path, split: str) -> list[corpus.Row]:
+def read(source: str | Path, split: str) -> list[dict[str, str]]:
     """The problems of a split: `question`, `answer` and `solution`."""
-    rows = corpus.fields(corpus.read(source, split, HUB), ("problem", "solution"), source)
-    return [
-        {"question": row["problem"].strip(), "answer": gold(row), "solution": row["solution"].strip()} for row in rows
-    ]
+    rows = tasks.read(source, split, HUB, ("problem", "solution"))
+    return [{"question": r["problem"].strip(), "answer": gold(r), "solution": r["solution"].strip()} for r in rows]
 
 
 def gold(row: dict[str, str]) -> str:
-    """The right answer: what the row says, or the last box of its solution. Raises `ValueError` where there is none."""
-    answer = row.get("answer") or (answers.extract(row["solution"]) if "boxed" in row["solution"] else None)
+    """The row's answer, or the last box of its solution. Raises `ValueError` where there is none."""
+    answer = row.get("answer") or (answers.extract(row["solution"]) if "\\boxed" in row["solution"] else None)
     if not answer:
-        raise ValueError(f"A solution has its answer in \\boxed{{}}; this has none: {row['solution'][-80:]!r}")
+        raise ValueError(f"A solution has its answer in \\boxed{{}}; this has none: {row['solution'][-80:]!r}.")
     return answers.tidy(answer)
