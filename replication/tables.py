@@ -96,7 +96,7 @@ def read_completions(results: Path = RESULTS) -> pd.DataFrame:
 
 def read_trials(results: Path, tuned: dict[str, dict]) -> pd.DataFrame:
     """The trials of tuning with the `method` that each run of `tuned` (experiments.yaml) trains."""
-    trials = pd.read_csv(results / "tuning" / "trials.csv")
+    trials = pd.read_csv(results / "tuning.csv")
     return trials.assign(method=[tuned[run]["method"] for run in trials["run"]])
 
 

@@ -1,6 +1,6 @@
 """Tuning with equal effort: gather the trials of results/tuning, choose each run's settings by code.
 
-Training one trial is in `run`. `write_choice` writes results/tuning/trials.csv and results/chosen.yaml.
+Training one trial is in `run`. `write_choice` writes results/tuning.csv and results/chosen.yaml.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from replication.experiments import EXPERIMENTS, RESULTS
 CRITERION = "accuracy_within"  # correct and within the budget: the task reward that the constraint leaves
 MEASURES = ("accuracy", "csr", "accuracy_within", "cost")
 SETTINGS = ("learning_rate", "lam", "penalty", "dual_rate", "step_budget")
-HEADER = "# Chosen from results/tuning/trials.csv: what each run adds to `train` in params.yaml. Generated.\n\n"
+HEADER = "# Chosen from results/tuning.csv: what each run adds to `train` in params.yaml. Generated.\n\n"
 
 
 def write_choice(results: Path = RESULTS) -> None:
@@ -22,7 +22,7 @@ def write_choice(results: Path = RESULTS) -> None:
     tuning = read_yaml(EXPERIMENTS)["tuning"]
     table = trials(results / "tuning")
     chosen = best(table)
-    write_table(table.assign(chosen=table.index.isin(chosen.index).astype(int)), results / "tuning" / "trials.csv")
+    write_table(table.assign(chosen=table.index.isin(chosen.index).astype(int)), results / "tuning.csv")
     runs = {"sft": {}} | {row["run"]: settings_of(row) for _, row in chosen.iterrows()}
     for run, about in tuning["derived"].items():
         own = best(table[table["run"] == about["from"]], about.get("by", CRITERION))
@@ -42,7 +42,7 @@ def trials(folder: Path) -> pd.DataFrame:
         FileNotFoundError: there are no trials.
         ValueError: trials were run with different seeds.
     """
-    paths = [path for path in sorted(folder.glob("*.csv")) if path.stem != "trials"]
+    paths = sorted(folder.glob("*.csv"))
     if not paths:
         raise FileNotFoundError(f"There are no trials in {folder}: run `make tune` first.")
     rows = pd.concat([pd.read_csv(path).assign(run=path.stem) for path in paths], ignore_index=True)
