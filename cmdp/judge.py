@@ -210,8 +210,9 @@ def _asker(endpoint: Endpoint, key: str):
         raise ValueError("Asking a judge needs the package openai: `pip install openai`.") from error
     transport = {"timeout": endpoint.timeout, "http_client": DefaultHttpxClient(follow_redirects=False)}
     client = OpenAI(base_url=endpoint.url, api_key=key or "none", max_retries=RETRIES, **transport)
-    headers = dict.fromkeys(("Authorization", "OpenAI-Organization", "OpenAI-Project"), Omit())
-    headers |= {"Authorization": f"Bearer {key}"} if key else {}
+    names = [line.partition(":")[0].strip().lower() for line in os.environ.get("OPENAI_CUSTOM_HEADERS", "").split("\n")]
+    headers = dict.fromkeys(("authorization", "openai-organization", "openai-project", *filter(None, names)), Omit())
+    headers |= {"authorization": f"Bearer {key}"} if key else {}
     fixed = {"model": endpoint.model, "extra_body": endpoint.options, "extra_headers": headers}
     return partial(client.chat.completions.create, **fixed)
 

@@ -251,6 +251,7 @@ def test_identical_completions_are_ties_without_a_call(server, tmp_path):
 def test_what_is_set_for_openai_itself_is_not_sent(server, tmp_path, monkeypatch):
     for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_ADMIN_KEY", "OPENAI_BASE_URL"):
         monkeypatch.setenv(name, "http://another-secret")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "authorization: Bearer another-secret\nX-Key: another-secret")
     judge(A, B, Endpoint(server.url, "rule"), TEMPLATE, tmp_path, 1)
     assert set(server.keys) == {None}
     assert not any("another-secret" in value for headers in server.headers for value in headers.values())
