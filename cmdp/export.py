@@ -66,7 +66,10 @@ def merged(run: Path, base: ModelSpec):
     from peft import PeftModel
 
     dtype = torch.float32 if "gguf_file" in base.where() else "auto"
-    model = PeftModel.from_pretrained(load_base(base, dtype, torch.device("cpu")), run)
+    try:
+        model = PeftModel.from_pretrained(load_base(base, dtype, torch.device("cpu")), run)
+    except RuntimeError as error:
+        raise ValueError(f"The adapter in {run} was not trained over {base.model}: their shapes differ.") from error
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     embedding, head = (getattr(layer, "base_layer", layer) for layer in layers)
     if layers != [embedding, head] and head.weight is embedding.weight:  # tied, but each with an adapter of its own

@@ -246,11 +246,15 @@ def test_the_metadata_name_a_base_model_on_the_hub_alone(run, tmp_path, monkeypa
 
 
 def test_a_folder_without_record_weights_or_base_is_refused_in_one_line(run, tmp_path):
-    (run / "cmdp.json").write_text(json.dumps(RECORD | {"student": "results/start/student"}))
+    (run / "cmdp.json").write_text(json.dumps(RECORD | {"student": "no/such/student"}))
     for merge in (True, False):
-        with pytest.raises(FileNotFoundError, match=r"There is no .*results/start/student") as raised:
+        with pytest.raises(FileNotFoundError, match=r"There is no .*no/such/student") as raised:
             export(run, tmp_path / "out", merge)
         assert "\n" not in str(raised.value)
+    make_model(make_tokenizer(), seed=0, hidden=24).save_pretrained(tmp_path / "other")
+    (run / "cmdp.json").write_text(json.dumps(RECORD | {"student": str(tmp_path / "other")}))
+    with pytest.raises(ValueError, match=r"was not trained over .*other: their shapes differ"):
+        export(run, tmp_path / "out", True)
     (run / "adapter_model.safetensors").rename(run / "adapter_model.bin")
     with pytest.raises(FileNotFoundError, match="no weights in safetensors"):
         export(run, tmp_path / "out")
