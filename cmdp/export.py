@@ -30,7 +30,7 @@ def export(run: Path, target: Path, merge: bool = False) -> None:
 
     Raises:
         FileNotFoundError: `run` has no cmdp.json or no safetensors, or the base model is not there.
-        ValueError: `target` exists, or an adapter over a GGUF file is not merged.
+        ValueError: `target` exists, the adapter does not fit its base, or one over a GGUF file is not merged.
     """
     run, target = Path(run), Path(target)
     if target.exists():
