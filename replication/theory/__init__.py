@@ -1,29 +1,85 @@
-"""What can be said of the method exactly, on token trees (method, sections 2 to 7); `cmdp theory` runs it all.
+"""Exact study of the method on token trees (method, sections 2 to 7); run it with `python -m replication theory`.
 
-`trees` draws the random problems of `replication.theory.tabular`. `optimum`, `guarantees`, `crossings` and `contest`, in which the
-policy gradients of `learners` meet the exact optimum, each return tables; `study` writes and summarises them. `figures`
-and `tables` read those files, without torch, as does whatever else needs the names below.
+`trees` holds the trees and exact values; `optimum`, `guarantees` and `contest` (the policy gradients of `learners`
+against the exact optimum) compute tables, which `run` writes; `plots` and `tables` read the files, without torch.
 """
 
-# each learner's strength, the one parameter of its own that is tuned; None: it has none
-STRENGTH = {
-    "grpo": None,
-    "gkd": None,
-    "minillm": None,
-    "gkd-grpo": "lambda",
-    "dual": "step",
-    "kdrl": "beta",
-    "saute-constant": "n",
-    "saute-augmented": "n",
-    "cmdp": "lambda",
-    "cmdp-margin": "lambda",
-    "cmdp-overshoot": "lambda",
-    "cmdp-overshoot-margin": "lambda",
-    "cmdp-hinge": "lambda",
-    "cmdp-hinge-margin": "lambda",
-    "worst-case": "lambda",
+from pathlib import Path
+
+import pandas as pd
+
+from cmdp.storage import write_json, write_table
+
+LEARNERS = {  # form of the modified reward and name of the tuned parameter; None: without
+    "grpo": (None, None),
+    "gkd": (None, None),
+    "minillm": (None, None),
+    "gkd-grpo": ("lagrangian", "lambda"),
+    "dual": ("lagrangian", "step"),
+    "kdrl": (None, "beta"),
+    "saute-constant": ("exhausted", "n"),
+    "saute-augmented": ("exhausted", "n"),
+    "cmdp": ("exhausted", "lambda"),
+    "cmdp-margin": ("exhausted", "lambda"),
+    "cmdp-overshoot": ("overshoot", "lambda"),
+    "cmdp-overshoot-margin": ("overshoot", "lambda"),
+    "cmdp-hinge": ("hinge", "lambda"),
+    "cmdp-hinge-margin": ("hinge", "lambda"),
+    "worst-case": ("overshoot", "lambda"),  # on the excess of each step, with budget 0
 }
-# the overshoot form; the hinge, which keeps R so that J~ never jumps; and a margin, for any form: aim at less than d,
-# so that a learner that ends beside its aim is still within d
+# a margin, for any form: aim at less than d, so that a learner that ends beside its aim is still within d
 OURS = ("cmdp-margin", "cmdp-overshoot", "cmdp-overshoot-margin", "cmdp-hinge", "cmdp-hinge-margin")
-FORMS = ("exhausted", "overshoot", "hinge")  # of the modified reward, those that know the budget
+FORMS = ("exhausted", "overshoot", "hinge")  # of the modified reward, those that depend on the budget
+
+
+def run(parameters: dict, folder: Path) -> None:
+    """Write every table into `folder`. The same parameters (params.yaml) give the same bytes, except `timing.csv`."""
+    from replication.theory import contest, guarantees, optimum
+
+    studies = optimum.optimum, optimum.refinement, optimum.timing, optimum.example, guarantees.penalty_bound
+    studies += guarantees.augmentation, guarantees.exact_penalty, guarantees.gradient, guarantees.jump, contest.contest
+    for study in studies:
+        for name, table in study(parameters).items():
+            write_table(table, folder / f"{name}.csv")
+    tables = {path.stem: pd.read_csv(path) for path in folder.glob("*.csv")}
+    against = contest.against_optimum(tables["optimum"], tables["learners"], parameters["seed"])
+    write_table(against, folder / "against_optimum.csv")
+    write_json({"parameters": parameters, "results": summarise(tables)}, folder / "summary.json")
+
+
+def summarise(tables: dict[str, pd.DataFrame]) -> dict:
+    """The numbers that the notebook quotes, from the tables of the result files."""
+    optimum, bound, thresholds = (tables[name] for name in ("optimum", "penalty_bound", "exact_penalty"))
+    smooth = tables["gradient"][~tables["gradient"]["crossing"]]
+    error = smooth["error"].abs() / smooth["difference"].abs().clip(lower=1e-3)
+    gain = (optimum["lower"] - optimum["soft_never"]).groupby(optimum["budget"])
+    ratio, positive = bound["p"] / bound["bound"].clip(lower=1e-12), bound["p"].where(bound["n"] > 0)
+    bound = pd.DataFrame({"greatest_p_over_bound": ratio, "greatest_p_at_positive_n": positive}).groupby(bound["case"])
+    jumps = (
+        tables["jump_crossings"].set_index("form")[["jump", "error"]].set_axis(["greatest", "greatest_error"], axis=1)
+    )
+    resolved = thresholds[thresholds["resolved"]]
+    prices = thresholds[["threshold", "greatest_price", "root_price"]].quantile([0.1, 0.5, 0.9, 1.0])
+    return {
+        "optimum": {
+            "relative_gap_of_bracket": 1 - optimum["lower"].sum() / optimum["upper"].sum(),
+            "policy_error": optimum["policy_error"].abs().max(),
+            "greatest_violation": float(optimum["policy_violation"].max()),
+            "mean": optimum["lower"].mean(),
+            "teacher": optimum["teacher"].mean(),
+            "best_soft_never": optimum["soft_never"].mean(),
+            "gain_over_best_soft_never": {str(d): part.quantile([0.1, 0.5, 0.9]).tolist() for d, part in gain},
+        },
+        "penalty_bound": bound.max().to_dict("index"),
+        "augmentation": {"greatest_difference": tables["augmentation"].eval("does_not - sees_z").abs().max()},
+        "gradient": {"greatest_relative_error": error.groupby(smooth["form"], sort=False).max().to_dict()},
+        "jump": jumps.abs().groupby("form").max().to_dict("index"),
+        "mean_is_not_enough": optimum["soft_on_average_violation"].agg(["min", "median", "mean", "max"]).to_dict(),
+        "exact_penalty": {
+            **prices.to_dict("list"),
+            "rank_correlation_where_resolved": resolved["threshold"].corr(
+                resolved["greatest_price"], method="spearman"
+            ),
+            "resolved": thresholds["resolved"].mean(),
+        },
+    }

@@ -1,4 +1,4 @@
-"""Learners against the exact optimum: tuned alike on trees of their own, judged on held-out ones."""
+"""Learners against the exact optimum: tuned alike on trees of their own, judged on held-out trees."""
 
 import numpy as np
 import pandas as pd
@@ -6,126 +6,98 @@ import torch
 from torch import Tensor
 
 from cmdp.statistics import bootstrap
-from replication.theory import STRENGTH
+from replication.theory import LEARNERS
 from replication.theory.learners import learn
-from replication.theory.tabular import Trees, outcome, repeat
-from replication.theory.trees import generator, held_out_trees, make_trees
+from replication.theory.trees import Trees, generator, make_trees, outcome
 
 
-def trials(parameters: dict, method: str) -> list[tuple[float, float]]:
-    """(strength, learning rate) of each trial: as many for every method."""
+def trials(parameters: dict, method: str) -> np.ndarray:
+    """(strength, learning rate) of each trial, (C, 2): as many for every method."""
     settings = parameters["learners"]
-    strengths = settings["strengths"].get(method, settings["strengths"]["default"] if STRENGTH[method] else [0.0])
+    default = settings["strengths"]["default"] if LEARNERS[method][1] else [0.0]
+    strengths = settings["strengths"].get(method, default)
     rates = settings["learning_rates"][str(len(strengths))]
-    return [(strength, rate) for strength in strengths for rate in rates]
+    return np.array([(strength, rate) for strength in strengths for rate in rates])
 
 
 def trained(
-    parameters: dict,
-    trees: Trees,
-    choice: np.ndarray,
-    budgets: Tensor,
-    *,
-    method: str,
-    steps: int,
-    samples: int,
-    start_noise: float,
-    streams: tuple[int, int],
-) -> dict[str, np.ndarray]:
-    """Train a student for every tree and every row of choice (C, 2) and budgets (C,): outcomes, each (C, N).
+    parameters: dict, trees: Trees, trials: np.ndarray, budgets: Tensor, method: str, variant: dict, streams: tuple
+) -> pd.DataFrame:
+    """Train a student for every trial (C, 2) with its budget (C,) on every tree: outcomes, one row per trial and tree.
 
     Args:
-        start_noise: standard deviation of the students' logits around the teacher's before training.
-        streams: of the students' start, the same for every method, and of the samples.
+        variant: `steps`, `samples` and `start_noise`, the deviation of the start's logits from the teacher's.
+        streams: of random numbers: for the students' start, the same for every method, and for the samples.
     """
-    settings, number = parameters["learners"], len(trees.reward)
-    noise = torch.randn(trees.teacher.shape, generator=generator(parameters, streams[0]), dtype=torch.float64)
-    start = trees.teacher + start_noise * noise
-    many, limits = repeat(trees, len(choice)), budgets.repeat(number)
-    strength, rate = torch.from_numpy(choice).repeat(number, 1).unbind(1)
-    logits = learn(
-        many,
-        start.repeat_interleave(len(choice), 0),
-        limits,
-        method,
-        strength,
-        rate,
-        steps=steps,
-        samples=samples,
-        margin=settings["margin"],
-        bins=settings["bins"],
-        generator=generator(parameters, streams[1]),
-    )
-    return {name: value.view(number, -1).T.numpy() for name, value in outcome(many, logits, limits).items()}
+    number, count = len(trees.reward), len(trials)
+    noise, source = (generator(parameters, stream) for stream in streams)
+    noise = torch.randn(trees.teacher.shape, generator=noise, dtype=torch.float64)
+    start = (trees.teacher + variant["start_noise"] * noise).repeat_interleave(count, 0)
+    many, limits = trees.repeat(count), budgets.repeat(number)
+    strength, rate = torch.from_numpy(trials).repeat(number, 1).unbind(1)
+    size = {name: variant[name] for name in ("steps", "samples")}
+    size |= {name: parameters["learners"][name] for name in ("margin", "bins")}
+    logits = learn(many, start, limits, method, strength, rate, generator=source, **size)
+    rows = {"budget": np.repeat(budgets, number), "tree": [*range(number)] * count}
+    rows |= {"strength": np.repeat(trials[:, 0], number), "learning_rate": np.repeat(trials[:, 1], number)}
+    found = outcome(many, logits, limits[:, None])
+    return pd.DataFrame(rows | {name: value.view(number, -1).T.flatten() for name, value in found.items()})
 
 
 def contest(parameters: dict) -> dict[str, pd.DataFrame]:
-    """Tune every method on its own trees, choose for each budget, and judge the choice on the held-out trees.
+    """Tune every method on the tuning trees, choose a trial for each budget, and judge it on the held-out trees.
 
-    The choice: of the trials that violate in at most `allowed` of the trajectories, the one of most reward; if none
-    does, the one that violates least.
+    The choice: of the trials with at most `allowed` violations the one of most reward; without any, the one that
+    violates least.
     """
-    settings = parameters["learners"]
+    settings, keys, names = parameters["learners"], ["strength", "learning_rate"], ["method", "variant"]
     budgets = torch.tensor(parameters["budgets"], dtype=torch.float64)
-    tuning, test = make_trees(parameters, settings["tuning_trees"], stream=10), held_out_trees(parameters)
-    tuned, judged = [], []
-    for number, (variant, setting) in enumerate(settings["variants"].items()):
-        setting = dict(setting)
-        for index, method in enumerate(setting.pop("methods", settings["methods"])):
-            options = trials(parameters, method)
-            sampler = 100 * number + index
-
-            # rows: budget by budget, trial by trial
-            choice, limits = np.array(options * len(budgets)), budgets.repeat_interleave(len(options))
-            found = trained(parameters, tuning, choice, limits, method=method, streams=(11, 11000 + sampler), **setting)
-            sweep = {"method": method, "variant": variant, "budget": limits}
-            sweep |= {"strength": choice[:, 0], "learning_rate": choice[:, 1]}
-            sweep = pd.DataFrame(sweep | {name: value.mean(1) for name, value in found.items()})
-            # any trial within the allowance beats any that is not
-            allowed = sweep["violation"] <= settings["allowed"]
-            score = np.where(allowed, sweep["reward"], -1 - sweep["violation"]).reshape(len(budgets), -1)
-            best = score.argmax(1) + np.arange(len(budgets)) * len(options)
-            tuned.append(sweep.assign(chosen=np.isin(np.arange(len(sweep)), best)))
-
-            found = trained(
-                parameters, test, choice[best], budgets, method=method, streams=(12, 12000 + sampler), **setting
-            )
-            for row, budget in enumerate(parameters["budgets"]):
-                columns = {"method": method, "variant": variant, "budget": budget, "tree": range(len(test.reward))}
-                columns |= {"strength": choice[best[row], 0], "learning_rate": choice[best[row], 1]}
-                judged.append(pd.DataFrame(columns | {name: value[row] for name, value in found.items()}))
-    return {"tuning": pd.concat(tuned), "learners": pd.concat(judged)}
+    tuning, test = make_trees(parameters, settings["tuning_trees"], stream=10), make_trees(parameters)
+    tables = {"tuning": {}, "learners": {}}
+    for number, (name, variant) in enumerate(settings["variants"].items()):
+        for index, method in enumerate(variant.get("methods", settings["methods"])):
+            options, stream = trials(parameters, method), 100 * number + index
+            limits, options = budgets.repeat_interleave(len(options)), np.tile(options, (len(budgets), 1))
+            sweep = trained(parameters, tuning, options, limits, method, variant, (11, 11000 + stream))
+            sweep = sweep.drop(columns="tree").groupby(["budget", *keys], sort=False).mean().reset_index()
+            # any allowed trial beats any other
+            score = sweep["reward"].where(sweep["violation"] <= settings["allowed"], -1 - sweep["violation"])
+            best = score.groupby(sweep["budget"], sort=False).idxmax()
+            tables["tuning"][method, name] = sweep.assign(chosen=sweep.index.isin(best))
+            choice = sweep.loc[best, keys].to_numpy()
+            parts = test, choice, budgets, method, variant, (12, 12000 + stream)
+            tables["learners"][method, name] = trained(parameters, *parts)
+    return {name: pd.concat(parts, names=names).reset_index(names) for name, parts in tables.items()}
 
 
 def against_optimum(optimum: pd.DataFrame, judged: pd.DataFrame, seed: int) -> pd.DataFrame:
     """Methods against the exact optimum: means over trees and budgets with 95 % bootstrap intervals over trees.
 
-    `of_optimum` is the sum of E[R] over the sum of V(s_0, d) (its attained, lower end). A learner can earn more than
-    the optimum only by violating. The soft Lagrangian's exact optimum at each tree's own best lambda stands among the
-    learners: what no learner of that kind can beat. `_gain` is the paired difference to gkd-grpo, the soft Lagrangian's
-    learner.
+    `of_optimum` is the sum of E[R] over the sum of V(s_0, d) (its attained, lower end): a learner earns more than the
+    optimum only by violating. The soft Lagrangian's exact optimum at each tree's own best lambda stands beside the
+    learners: no learner of that kind can beat it. `_gain` is the paired difference to gkd-grpo, its learner.
 
     Args:
         optimum, judged: the tables `optimum` and `learners` of the study.
     """
     tables = [judged[["tree", "budget", "method", "variant", "reward", "violation"]]]
     for name in ("never", "rarely", "on_average"):
-        ideal = optimum[["tree", "budget"]].assign(method=f"soft optimum, {name.replace('_', ' ')}")
         columns = {"reward": optimum[f"soft_{name}"], "violation": optimum[f"soft_{name}_violation"]}
-        tables.append(ideal.assign(variant="closed form", **columns))
+        columns |= {"method": f"soft optimum, {name.replace('_', ' ')}", "variant": "closed form"}
+        tables.append(optimum[["tree", "budget"]].assign(**columns))
     both = pd.concat(tables).merge(optimum[["tree", "budget", "lower"]], on=["tree", "budget"])
 
     def means(trees: pd.Series) -> np.ndarray:
-        """The mean over trees, (1 + resamples,): first the estimate, then the same resamples for every method."""
+        """The mean over trees and its resamples, the same for every method: (1 + resamples,)."""
         return np.append(trees.mean(), bootstrap(trees.to_numpy()[None], seed))
 
     rows = []
     for budget, part in [("all", both), *both.groupby("budget")]:
-        best = means(part.drop_duplicates(["tree", "budget"]).groupby("tree")["lower"].mean())
         measured = {}
         for key, table in part.groupby(["variant", "method"], sort=False):
-            trees = table.groupby("tree")[["reward", "violation"]].mean()
-            measured[key] = {"of_optimum": means(trees["reward"]) / best, "csr": 1 - means(trees["violation"])}
+            trees = table.groupby("tree")[["reward", "violation", "lower"]].mean()
+            share = means(trees["reward"]) / means(trees["lower"])
+            measured[key] = {"of_optimum": share, "csr": 1 - means(trees["violation"])}
         for (variant, method), values in measured.items():
             row = {"budget": budget, "variant": variant, "method": method, "trees": optimum["tree"].nunique()}
             if baseline := measured.get((variant, "gkd-grpo")):

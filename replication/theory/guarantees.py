@@ -1,100 +1,75 @@
-"""What a maximiser of the modified reward guarantees (method, section 4 (a) and (b)), and from what lambda on the hinge
-form's keeps the budget."""
+"""The guarantees of section 4 of the method, (a) to (c), and the lambda from which the hinge form keeps the budget."""
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy.integrate import cumulative_trapezoid
 from scipy.optimize import minimize
 from torch import Tensor
 
-from replication.theory.tabular import (
-    Trees,
-    budgeted_policy,
-    budgeted_values,
-    enumerate_paths,
-    outcome,
-    repeat,
-    sequences,
-    soft_optimum,
-    take,
-)
-from replication.theory.trees import budget_grid, constant, held_out_trees, make_trees
+from replication.theory import FORMS
+from replication.theory import trees as exact
+from replication.theory.optimum import soft_outcomes
+from replication.theory.trees import Trees
 
 
 def penalty_bound(parameters: dict) -> dict[str, pd.DataFrame]:
     """Section 4 (a), p <= (1 - J_c) / (1 + n), for three students.
 
-    `any policy`: all policies on a grid that has the teacher's own probabilities, by brute force. `one parameter`: the
-    tilts pi_lambda and the teacher, a student that cannot change one state's distribution without the others'.
-    `per token`: two tokens, a budget of delta nats a token, the case in which the bound is met with equality.
+    `any policy`: all policies on a grid that contains the teacher's probabilities. `one parameter`: the soft optima and
+    the teacher, a student that cannot change one state alone. `per token`: `two_tokens`, on which the bound is tight.
     """
     settings = parameters["penalty_bound"]
-    penalties = np.array(settings["penalties"])
+    budget, points = settings["budget"], settings["points"]
+    # 2 tokens, 2 steps, 3 states; the teacher's probabilities are moved to the nearest points of the grid
+    trees = exact.make_trees(parameters, settings["trees"], stream=4, shape=(2, 2, False))
+    grid = torch.arange(1, points + 1, dtype=torch.float64) / (points + 1)
+    nearest = grid[(trees.teacher.exp()[..., :1] - grid).abs().argmin(-1)]  # (N, S)
+    trees = trees._replace(teacher=torch.stack([nearest, 1 - nearest], -1).log())
+    every = torch.cartesian_prod(grid, grid, grid)  # (P, S)
+    policies = torch.stack([every, 1 - every], -1).log().expand(settings["trees"], -1, -1, -1)
+    tilts = exact.make_trees(parameters), np.geomspace(*parameters["soft_lambdas"])
     tables = []
-
-    def record(case: str, within: np.ndarray, violation: np.ndarray) -> None:
-        """The maximiser of J~ = E[R 1{C <= d}] - n p among the policies of a row; (N, policies) each."""
+    for case, found in (
+        ("any policy", exact.outcomes(trees, policies, budget)),
+        ("one parameter", soft_outcomes(*tilts, budget)),
+        ("per token", two_tokens(settings["per_token"], settings["fine"])),
+    ):
+        within, violation = found["within"], found["violation"]  # (N, policies)
         feasible = np.where(violation <= 1e-12, within, -np.inf).max(1)
-        for n in penalties:
-            value = within - n * violation
+        for n in settings["penalties"]:
+            value = within - n * violation  # J~
             # of equally good policies the one that violates least
             best = np.where(value >= value.max(1, keepdims=True) - 1e-12, violation, np.inf).min(1)
-            bound = (1 - feasible) / (1 + n)
-            tables.append(pd.DataFrame({"case": case, "tree": range(len(best)), "n": n, "p": best, "bound": bound}))
-
-    # any policy: 2 tokens, 2 steps, 3 states; the teacher's probabilities are moved to the nearest points of the grid
-    number, points = settings["trees"], settings["points"]
-    trees = make_trees(parameters, number, stream=4, shape=(2, 2, False))
-    probability = np.arange(1, points + 1) / (points + 1)
-    nearest = probability[np.abs(trees.teacher.exp()[..., :1].numpy() - probability).argmin(-1)]  # (N, S)
-    trees = trees._replace(teacher=torch.from_numpy(np.log(np.stack([nearest, 1 - nearest], -1))))
-    every = np.stack(np.meshgrid(*[probability] * 3, indexing="ij"), -1).reshape(-1, 3)  # (P, S)
-    policies = torch.from_numpy(np.log(np.stack([every, 1 - every], -1)))
-    many = repeat(trees, len(policies))
-    found = outcome(many, policies.repeat(number, 1, 1), constant(settings["budget"], len(many.reward)))
-    record("any policy", *(found[name].view(number, -1).numpy() for name in ("within", "violation")))
-
-    trees = held_out_trees(parameters)
-    number, lambdas = len(trees.reward), np.geomspace(*parameters["soft_lambdas"])
-    many = repeat(trees, len(lambdas))
-    policy = soft_optimum(many, torch.from_numpy(lambdas).repeat(number))
-    found = outcome(many, policy, constant(settings["budget"], len(many.reward)))
-    teacher = outcome(trees, trees.teacher, constant(settings["budget"], number))
-    both = [torch.cat([found[k].view(number, -1), teacher[k][:, None]], 1).numpy() for k in ("within", "violation")]
-    record("one parameter", *both)
-
-    record("per token", *(value[None] for value in two_tokens(settings["per_token"], settings["fine"])))
+            columns = {"case": case, "tree": range(len(best)), "n": n, "p": best, "bound": (1 - feasible) / (1 + n)}
+            tables.append(pd.DataFrame(columns))
     return {"penalty_bound": pd.concat(tables)}
 
 
-def two_tokens(per_token: float, points: int) -> tuple[np.ndarray, np.ndarray]:
-    """The tree on which bound (a) is tight: E[R 1{C <= d}] and P(C > d) of `points` policies; (points,) each.
+def two_tokens(per_token: float, points: int) -> dict[str, np.ndarray]:
+    """Outcomes of `points` policies, (1, points) each, on the tree on which bound (a) is tight.
 
-    EOS first earns nothing; anything else earns 1 at the second and last token. The teacher is uniform. The student
-    tilts away from EOS, and pays for it at the root, before it is known whether one token or two have been granted.
+    EOS first earns 0, anything else 1 at the second and last token; the teacher is uniform. The student tilts away from
+    EOS and pays for it at the root, before it is known whether one token or two have been granted.
     """
-    paths = enumerate_paths(2, 2)  # token 1 is EOS
-    reward = (paths.mask.sum(1) == 2).double()
-    teacher = torch.full((points, len(paths.child), 2), 0.5, dtype=torch.float64).log()
+    paths = exact.enumerate_paths(2, 2)  # token 1 is EOS
+    length = paths.mask.sum(1).double()
+    teacher = torch.full((1, len(paths.child), 2), 0.5, dtype=torch.float64).log()
     eos = torch.linspace(0, 0.5, points + 1, dtype=torch.float64)[1:]
-    policy = teacher.clone()
-    policy[:, 0] = torch.stack([1 - eos, eos], -1).log()
-    budget = (per_token * paths.mask.sum(1)).double().expand(points, -1)
-    found = outcome(Trees(paths, teacher, reward.expand(points, -1)), policy, budget)
-    return found["within"].numpy(), found["violation"].numpy()
+    policies = teacher[:, None].repeat(1, points, 1, 1)
+    policies[0, :, 0] = torch.stack([1 - eos, eos], -1).log()
+    return exact.outcomes(Trees(paths, teacher, (length == 2).double()[None]), policies, (per_token * length)[None])
 
 
 def augmentation(parameters: dict) -> dict[str, pd.DataFrame]:
     """Section 4 (b): policies that see z, by dynamic programming; policies that do not, by nonlinear programming."""
     settings = parameters["augmentation"]
-    trees = make_trees(parameters, settings["trees"], stream=5, shape=tuple(settings["shape"]))
-    grid = budget_grid(parameters, settings["budget"])
-    lower, upper = (budgeted_values(trees, grid, bound)[:, 0, -1] for bound in ("lower", "upper"))
+    trees = exact.make_trees(parameters, settings["trees"], stream=5, shape=tuple(settings["shape"]))
+    grid = exact.budget_grid(parameters, settings["budget"])
+    lower, upper = (exact.budgeted_values(trees, grid, bound)[:, 0, -1] for bound in ("lower", "upper"))
     rng = np.random.default_rng([parameters["seed"], 5])
-    unaware = [
-        without_budget(take(trees, slice(row, row + 1)), grid[-1], settings["starts"], rng)
-        for row in range(settings["trees"])
-    ]
+    each = (Trees(trees.paths, *pair) for pair in zip(trees.teacher.split(1), trees.reward.split(1), strict=True))
+    unaware = [without_budget(tree, grid[-1], settings["starts"], rng) for tree in each]
     columns = {"tree": range(len(lower)), "sees_z": lower, "sees_z_upper": upper, "does_not": unaware}
     return {"augmentation": pd.DataFrame(columns)}
 
@@ -103,67 +78,118 @@ def without_budget(tree: Trees, budget: float, starts: int, rng: np.random.Gener
     """max E[R] such that C <= d on every sequence, over the logits of a policy of the state alone (SLSQP)."""
     shape = tree.teacher.shape
 
-    def evaluate(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """E[R] and d - C of each sequence, (1 + L,), and their Jacobian."""
+    def both(logits: Tensor | np.ndarray) -> Tensor:
+        """E[R] and d - C of each sequence, (1 + L,)."""
+        seq = exact.sequences(tree, torch.as_tensor(logits).view(shape))
+        return torch.cat([(seq.prob * tree.reward).sum(1), budget - seq.cost.sum(-1)[0]])
 
-        def both(logits: Tensor) -> Tensor:
-            seq = sequences(tree, logits.view(shape))
-            return torch.cat([(seq.prob * tree.reward).sum(1), budget - seq.cost.sum(-1)[0]])
-
-        logits = torch.from_numpy(flat)
-        return both(logits).numpy(), torch.autograd.functional.jacobian(both, logits, vectorize=True).numpy()
+    def slopes(x: np.ndarray) -> Tensor:
+        return torch.autograd.functional.jacobian(both, torch.from_numpy(x), vectorize=True)
 
     best = 0.0
     for _ in range(starts):
-        start = (tree.teacher.numpy() + 0.3 * rng.standard_normal(shape)).ravel()
         found = minimize(
-            lambda x: (-evaluate(x)[0][0], -evaluate(x)[1][0]),
-            start,
-            jac=True,
+            lambda x: -both(x)[0],
+            (tree.teacher.numpy() + 0.3 * rng.standard_normal(shape)).ravel(),
+            jac=lambda x: -slopes(x)[0],
             method="SLSQP",
-            constraints={"type": "ineq", "fun": lambda x: evaluate(x)[0][1:], "jac": lambda x: evaluate(x)[1][1:]},
+            constraints={"type": "ineq", "fun": lambda x: both(x)[1:], "jac": lambda x: slopes(x)[1:]},
             options={"maxiter": 300, "ftol": 1e-10},
         )
-        values = evaluate(found.x)[0]
-        if values[1:].min() >= -1e-6:
-            best = max(best, float(values[0]))
+        reward, *slack = both(found.x).tolist()
+        if min(slack) >= -1e-6:
+            best = max(best, reward)
     return best
 
 
+def gradient(parameters: dict) -> dict[str, pd.DataFrame]:
+    """Section 4 (c): the formula against central differences in random directions, at random policies."""
+    settings, tables = parameters["gradient"], []
+    trees, source = exact.make_trees(parameters, settings["trees"], stream=6), exact.generator(parameters, 7)
+    noise = torch.randn(2, *trees.teacher.shape, generator=source, dtype=torch.float64)
+    logits, direction = trees.teacher + noise[0], noise[1]
+    budget, step = settings["budget"], settings["step"]
+    strengths = {"lam": settings["lambda"], "penalty": settings["penalty"]}
+    ends = logits + step * direction, logits - step * direction
+    before, after = (exact.over_budget(trees, end, budget).flatten(1) for end in ends)
+    for form in FORMS:
+        (ahead, _), (behind, _), (_, slope) = (
+            exact.modified_objective(trees, policy, budget, form, **strengths) for policy in (*ends, logits)
+        )
+        formula, difference = (slope * direction).sum((1, 2)), (ahead - behind) / (2 * step)
+        columns = {"form": form, "tree": range(len(logits)), "formula": formula, "difference": difference}
+        columns |= {"error": formula - difference, "crossing": (before != after).any(1)}
+        tables.append(pd.DataFrame(columns))
+    return {"gradient": pd.concat(tables)}
+
+
+def jump(parameters: dict) -> dict[str, pd.DataFrame]:
+    """J~ along a line from the teacher to a soft optimum, the integral of formula (c) along it, and J~'s jumps."""
+    settings, rows = parameters["jump"], []
+    tree, lam = exact.make_trees(parameters, 1, stream=8), settings["lambda"]
+    target = exact.soft_optimum(tree, settings["soft_lambda"])[1]
+
+    def along(position: np.ndarray) -> tuple[Trees, Tensor, float]:
+        logits = torch.lerp(tree.teacher, target, torch.from_numpy(position)[:, None, None])
+        return tree.repeat(len(position)), logits, settings["budget"]
+
+    position = np.linspace(0, 1, settings["points"])
+    line = {"position": position}
+    for form in FORMS:
+        value, slope = exact.modified_objective(*along(position), form, lam=lam)
+        slope = (slope * (target - tree.teacher)).sum((1, 2)).numpy()
+        line[form] = value.numpy()
+        line[f"{form}_integrated"] = line[form][0] + cumulative_trapezoid(slope, position, initial=0)
+
+    # each crossing, by bisection on which steps are over budget, and the jump across it
+    over = exact.over_budget(*along(position)).flatten(1)
+    for index in (over[1:] != over[:-1]).any(1).nonzero()[:, 0].tolist():
+        left, right = position[index], position[index + 1]
+        while right - left > 1e-12:
+            middle = (left + right) / 2
+            before, there = exact.over_budget(*along(np.array([left, middle])))
+            left, right = (middle, right) if torch.equal(before, there) else (left, middle)
+        ends = along(np.array([left, right]))
+        seq, (before, after) = exact.sequences(*ends[:2]), exact.over_budget(*ends)
+        # a sequence that crosses forfeits R (not in the hinge form); section 3's form also charges lam Phi of the whole
+        # crossing step: the step's cost, not its excess over the budget
+        crossed = after & ~before
+        lost = {"overshoot": tree.reward[0] * crossed[:, -1], "hinge": torch.zeros(1)}
+        lost["exhausted"] = lost["overshoot"] + lam * (crossed * seq.cost[1]).sum(-1)
+        for form in FORMS:
+            below, above = exact.modified_objective(*ends, form, lam=lam)[0].tolist()
+            expected = -float((seq.prob[1] * lost[form]).sum())
+            rows.append((form, left, above - below, expected, above - below - expected))
+    columns = ["form", "position", "jump", "expected", "error"]
+    return {"jump_line": pd.DataFrame(line), "jump_crossings": pd.DataFrame(rows, columns=columns)}
+
+
 def exact_penalty(parameters: dict) -> dict[str, pd.DataFrame]:
-    """From what lambda on the hinge form's maximiser keeps the budget, and the price that predicts it.
+    """The lambda from which the hinge form's maximiser keeps the budget, and the price that predicts it.
 
-    The maximiser earns W_lambda >= V; the least lambda with W_lambda <= V + tolerance is found by bisection. At the
-    optimum one nat more at s would earn 1 / eta(s), its price; the greatest over the states whose children are all ends
-    is what theory says lambda has to exceed. Section 3's form and the overshoot form forfeit R beyond the budget; their
-    maximisers keep it at every lambda > 0, so that there is nothing to measure (see `penalty_bound`).
+    The maximiser earns W_lambda >= V; bisection finds the least lambda with W_lambda <= V + tolerance. At the optimum
+    one more nat at s would earn 1 / eta(s), its price; lambda has to exceed the greatest price over the states whose
+    children are all ends. The other forms' maximisers keep the budget at every lambda > 0 (see `penalty_bound`).
     """
-    settings = parameters["exact_penalty"]
-    trees = make_trees(parameters, settings["trees"], stream=9)
-    number = len(trees.reward)
-    lambdas = np.geomspace(*settings["lambdas"])
-    gains, thresholds = [], []
+    settings, gains, thresholds = parameters["exact_penalty"], [], []
+    trees, lambdas = exact.make_trees(parameters, settings["trees"], stream=9), np.geomspace(*settings["lambdas"])
+    last = (trees.paths.child < 0).all(1).numpy()
     for budget in parameters["budgets"]:
-        grid = budget_grid(parameters, budget, settings["levels"])
-        values = budgeted_values(trees, grid)
-        attained = budgeted_policy(trees, grid, values, len(grid) - 1)
-        best = values[:, 0, -1]
-        last = (trees.paths.child < 0).all(1).numpy()
-
-        def gain(price: np.ndarray, grid: np.ndarray = grid, best: np.ndarray = best) -> np.ndarray:
-            return budgeted_values(trees, grid, price=torch.from_numpy(price))[:, 0, -1] - best
-
+        row = {"budget": budget, "tree": range(settings["trees"])}
+        grid = exact.budget_grid(parameters, budget, settings["levels"])
+        values = exact.budgeted_values(trees, grid)
+        _, price = exact.budgeted_policy(trees, grid, values, len(grid) - 1)
         for lam in lambdas:
-            columns = {"budget": budget, "tree": range(number), "lambda": lam, "gain": gain(np.full(number, lam))}
-            gains.append(pd.DataFrame(columns))
-        low, high = np.full(number, np.log(lambdas[0])), np.full(number, np.log(lambdas[-1]))
+            gain = (exact.budgeted_values(trees, grid, price=lam) - values)[:, 0, -1]
+            gains.append(pd.DataFrame(row | {"lambda": lam, "gain": gain}))
+        low, high = (np.full(settings["trees"], np.log(end)) for end in lambdas[[0, -1]])
         for _ in range(settings["bisections"]):
             middle = (low + high) / 2
-            enough = gain(np.exp(middle)) <= settings["tolerance"]
+            gain = (exact.budgeted_values(trees, grid, price=np.exp(middle)) - values)[:, 0, -1]
+            enough = gain <= settings["tolerance"]
             low, high = np.where(enough, low, middle), np.where(enough, middle, high)
-        prices = np.where(np.isfinite(attained.price), attained.price, 0.0)
-        resolved = np.isfinite(attained.price[:, last]).all(1)  # no price lies below the grid's first step
-        columns = {"budget": budget, "tree": range(number), "threshold": np.exp(high), "root_price": prices[:, 0]}
-        columns |= {"greatest_price": prices[:, last].max(1), "resolved": resolved}
-        thresholds.append(pd.DataFrame(columns))
+        finite = np.where(np.isfinite(price), price, 0.0)
+        columns = {"threshold": np.exp(high), "root_price": finite[:, 0], "greatest_price": finite[:, last].max(1)}
+        columns |= {"resolved": np.isfinite(price[:, last]).all(1)}  # no price lies below the grid's first step
+        thresholds.append(pd.DataFrame(row | columns))
     return {"exact_penalty_gain": pd.concat(gains), "exact_penalty": pd.concat(thresholds)}

@@ -1,4 +1,4 @@
-"""Tables of the theory study as its notebook shows them, each from the result files alone."""
+"""Tables of the theory study as its notebook shows them, from the result files or the summary's `results` (`found`)."""
 
 from pathlib import Path
 
@@ -22,43 +22,34 @@ def augmentation(results: Path) -> pd.DataFrame:
 
 
 def gain_over_soft(found: dict) -> pd.DataFrame:
-    """What the budgeted optimum earns beyond the best soft Lagrangian's that never violates, in points of reward."""
-    rows = ["10 % of trees gain less", "median", "90 % gain less"]
-    table = 100 * pd.DataFrame(found["optimum"]["gain_over_best_soft_never"], index=rows).T
-    return table.round(1).rename_axis(index="budget d", columns="points of reward")
+    """Reward of the budgeted optimum minus that of the best soft optimum that never violates: quantiles over trees."""
+    table = 100 * pd.DataFrame(found["optimum"]["gain_over_best_soft_never"], index=["10 %", "median", "90 %"]).T
+    return table.round(1).rename_axis(index="budget d", columns="gain (points of reward)")
 
 
 def penalty_bound(found: dict) -> pd.DataFrame:
-    """Section 4 (a): how much of the bound the maximisers use."""
-    table = pd.DataFrame(found["penalty_bound"]).T
-    return table.set_axis(["greatest p / bound", "greatest p at an n > 0"], axis=1).round(3)
+    """Section 4 (a): how close the maximisers come to the bound."""
+    return (
+        pd.DataFrame(found["penalty_bound"]).T.set_axis(["greatest p / bound", "greatest p at n > 0"], axis=1).round(3)
+    )
 
 
-def gradient_error(found: dict) -> pd.DataFrame:
-    """Section 4 (c) away from crossings."""
-    error = pd.Series(found["gradient"]["greatest_relative_error"], name="greatest relative error")
-    return error.map("{:.0e}".format).to_frame()
-
-
-def jumps(found: dict) -> pd.DataFrame:
-    """Section 4 (c) at crossings."""
+def gradient(found: dict) -> pd.DataFrame:
+    """Section 4 (c): the formula's error away from crossings, and the jumps of J~ at crossings."""
     table = pd.DataFrame(found["jump"]).T.set_axis(["greatest jump", "error of the predicted jump"], axis=1)
+    table.insert(0, "formula's greatest relative error", pd.Series(found["gradient"]["greatest_relative_error"]))
     return table.map("{:.1e}".format)
 
 
 def prices(found: dict) -> pd.DataFrame:
-    """From what lambda on the hinge's maximiser is feasible, and the prices that say so: quantiles over trees."""
-    names = {
-        "threshold": "least λ that is enough",
-        "greatest_price": "greatest price",
-        "root_price": "price at the root",
-    }
-    rows = ["10 %", "median", "90 %", "greatest"]
-    return pd.DataFrame({title: found["exact_penalty"][name] for name, title in names.items()}, index=rows).round(2)
+    """The lambda from which the hinge's maximiser is feasible, and the prices that predict it: quantiles over trees."""
+    names = {"threshold": "least sufficient λ", "greatest_price": "greatest price", "root_price": "price at the root"}
+    table = pd.DataFrame(found["exact_penalty"] | {"quantile": ["10 %", "median", "90 %", "greatest"]})
+    return table.set_index("quantile")[[*names]].rename(columns=names).round(2)
 
 
 def sampled_learners(results: Path) -> pd.DataFrame:
-    """Over all budgets, learners that sample and the soft Lagrangian's optima: best reward first, a row a method."""
+    """Over all budgets, the learners that sample and the soft Lagrangian's optima, by reward: a row per method."""
     table = pd.read_csv(results / "against_optimum.csv")
     table = table[(table["budget"] == "all") & table["variant"].isin(["sampled", "closed form"])]
     return table.sort_values("of_optimum", ascending=False).set_index("method")
@@ -71,20 +62,16 @@ def percent(table: pd.DataFrame, measure: str) -> pd.Series:
 
 
 def learners(results: Path) -> pd.DataFrame:
-    """Reward relative to the optimum, and CSR."""
+    """Reward relative to the optimum and CSR; for cmdp, our forms and worst-case also the paired gain over gkd-grpo."""
     table = sampled_learners(results)
-    return pd.DataFrame({f"{name} (%)": percent(table, measure) for measure, name in MEASURES.items()})
-
-
-def gains(results: Path) -> pd.DataFrame:
-    """What the modified reward's forms, and worst-case, add to gkd-grpo, tree by tree."""
-    table = sampled_learners(results)
-    table = table[table.index.isin(["cmdp", "worst-case", *OURS])].rename_axis("gain over gkd-grpo, paired")
-    return pd.DataFrame({f"{name} (points)": percent(table, f"{measure}_gain") for measure, name in MEASURES.items()})
+    compared = table[table.index.isin(["cmdp", "worst-case", *OURS])]
+    columns = {f"{name} (%)": percent(table, measure) for measure, name in MEASURES.items()}
+    columns |= {f"gain in {name} (points)": percent(compared, f"{measure}_gain") for measure, name in MEASURES.items()}
+    return pd.DataFrame(columns).loc[table.index].fillna("")
 
 
 def first_cost(results: Path) -> pd.DataFrame:
-    """What the first token spends relative to what it spends in the optimum, by budget; exact gradient."""
+    """The first token's cost relative to its cost in the optimum, by budget; exact gradient."""
     judged, optimum = (pd.read_csv(results / f"{name}.csv") for name in ("learners", "optimum"))
     spent = judged[judged["variant"] == "exact gradient"].groupby(["method", "budget"])["first"].mean().unstack()
     methods = ["cmdp", "cmdp-margin", "cmdp-overshoot-margin", "cmdp-hinge-margin", "worst-case"]

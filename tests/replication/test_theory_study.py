@@ -9,12 +9,10 @@ import pandas as pd
 import pytest
 import torch
 
-from replication.theory import OURS, STRENGTH, figures, tables
+from replication.theory import LEARNERS, OURS, plots, run, tables
 from replication.theory.contest import against_optimum, trials
 from replication.theory.optimum import best_soft
-from replication.theory.study import run
-from replication.theory.tabular import budgeted_values, outcome
-from replication.theory.trees import budget_grid, constant, held_out_trees, make_trees
+from replication.theory.trees import budget_grid, budgeted_values, make_trees, outcome
 
 TINY = {
     "seed": 0,
@@ -48,7 +46,7 @@ TINY = {
             "exact gradient": {"samples": 0, "steps": 8, "start_noise": 1.0},
             "sampled": {"samples": 4, "steps": 8, "start_noise": 1.0},
         },
-        "methods": list(STRENGTH),
+        "methods": list(LEARNERS),
         "strengths": {"default": [3.0, 30.0], "gkd-grpo": [0.5, 1.0, 2.0, 4.0]},
         "learning_rates": {"1": [0.02, 0.05, 0.1, 0.3], "2": [0.05, 0.2], "4": [0.1]},
     },
@@ -76,7 +74,7 @@ def test_the_same_parameters_give_the_same_bytes(results, tmp_path):
 
 
 def test_another_seed_gives_other_trees(results):
-    trees = [held_out_trees(TINY | {"seed": seed}).teacher for seed in (0, 1)]
+    trees = [make_trees(TINY | {"seed": seed}).teacher for seed in (0, 1)]
     assert not torch.allclose(*trees)
     streams = [make_trees(TINY, 2, stream).teacher for stream in (1, 2)]
     assert not torch.allclose(*streams)
@@ -87,7 +85,7 @@ def test_the_summary_carries_the_parameters(results):
 
 
 def test_every_method_has_as_many_trials():
-    counts = {method: len(trials(TINY, method)) for method in STRENGTH}
+    counts = {method: len(trials(TINY, method)) for method in LEARNERS}
     assert set(counts.values()) == {4}
 
 
@@ -103,7 +101,7 @@ def test_the_choice_keeps_the_rule(results):
             assert chosen.violation == part["violation"].min()
     judged = pd.read_csv(results / "learners.csv")  # and the test trees are trained with the choice
     pairs = ["variant", "method", "budget", "strength", "learning_rate"]
-    assert len(judged[pairs].drop_duplicates().merge(tuning[tuning["chosen"]], on=pairs)) == 2 * len(STRENGTH) * 2
+    assert len(judged[pairs].drop_duplicates().merge(tuning[tuning["chosen"]], on=pairs)) == 2 * len(LEARNERS) * 2
 
 
 def test_no_soft_optimum_that_never_violates_beats_the_budgeted_one(results):
@@ -135,14 +133,14 @@ def test_the_table_is_the_mean_of_the_files(results):
 
 
 def test_best_soft_is_best_among_the_admissible():
-    trees = held_out_trees(TINY)
+    trees = make_trees(TINY)
     few, many = (best_soft(trees, 0.3, np.geomspace(0.02, 20, count)) for count in (4, 40))
     upper = budgeted_values(trees, budget_grid(TINY, 0.3), "upper")[:, 0, -1]
     assert (many["soft_never"] <= upper).all()
     assert (many["soft_never_violation"] == 0).all()
     assert (many["soft_rarely_violation"] <= 0.05).all()
     assert many["soft_never"].sum() >= few["soft_never"].sum() - 0.05
-    teacher = outcome(trees, trees.teacher, constant(0.3, 4))["reward"].numpy()
+    teacher = outcome(trees, trees.teacher, 0.3)["reward"].numpy()
     none = best_soft(trees, 1e-9, np.array([0.02]))  # where no lambda is admissible the teacher still is
     np.testing.assert_allclose(none["soft_never"], teacher)
 
@@ -162,7 +160,7 @@ def test_the_summary_tells_what_the_guarantees_say(results):
 
 def test_every_figure_is_drawn_and_the_same_twice(results, tmp_path):
     for folder in ("a", "b"):
-        figures.draw_all(results, tmp_path / folder)
+        plots.draw_all(results, tmp_path / folder)
     drawn = sorted((tmp_path / "a").iterdir())
     assert len(drawn) == 2 * 7
     for path in drawn:
@@ -170,19 +168,37 @@ def test_every_figure_is_drawn_and_the_same_twice(results, tmp_path):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
 
+def test_figures_draw_the_numbers_of_the_files(results):
+    """No value is clipped to a floor, and no learner is moved above the optimum at its own budget."""
+    gains = pd.read_csv(results / "exact_penalty_gain.csv").groupby(["budget", "lambda"])["gain"].mean()
+    lines = plots.exact_penalty(results).axes[0].lines
+    drawn = np.concatenate([line.get_ydata() for line in lines])
+    np.testing.assert_allclose(np.sort(drawn), np.sort(gains[gains > 1e-9]))
+    against = pd.read_csv(results / "against_optimum.csv").query("variant == 'sampled' and budget != 'all'")
+    best = pd.read_csv(results / "optimum.csv").groupby("budget")["lower"].mean()
+    points = np.concatenate([line.get_xydata() for line in plots.frontier(results).axes[0].lines[4:]])
+    assert len(points) == len(against)
+    expected = against["of_optimum"] * against["budget"].astype(float).map(best)
+    np.testing.assert_allclose(np.sort(points[:, 1]), np.sort(expected))
+    distance = points[:, :1] - best.index.to_numpy()  # right of its own budget
+    assert ((distance > -1e-9) & (distance < 0.054)).any(1).all()
+
+
 def test_the_notebook_s_tables_are_of_the_files(results):
     found = json.loads((results / "summary.json").read_text())["results"]
     for table in (tables.bracket, tables.augmentation, tables.first_cost):
         assert not table(results).isna().any(axis=None)
-    for table in (tables.gain_over_soft, tables.penalty_bound, tables.gradient_error, tables.jumps, tables.prices):
+    for table in (tables.gain_over_soft, tables.penalty_bound, tables.gradient, tables.prices):
         assert not table(found).isna().any(axis=None)
-    assert set(tables.gains(results).index) == {"cmdp", "worst-case", *OURS}
+    learners = tables.learners(results)
+    assert set(learners.index[learners["gain in CSR (points)"] != ""]) == {"cmdp", "worst-case", *OURS}
     row = pd.read_csv(results / "against_optimum.csv").query("method == 'grpo' and variant == 'sampled'").iloc[0]
     assert row["budget"] == "all"
     expected = "{:.1f} [{:.1f}, {:.1f}]".format(*100 * row[["csr", "csr_low", "csr_high"]])
-    assert tables.learners(results)["CSR (%)"]["grpo"] == expected
+    assert learners["CSR (%)"]["grpo"] == expected
 
 
 def test_names_tables_and_figures_need_no_torch():
-    code = "import sys; import replication.theory.plots, replication.theory.tables, replication.readme; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    modules = "replication.theory.plots, replication.theory.tables, replication.readme"
+    code = f"import sys; import {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,23 +11,22 @@ from hypothesis import strategies as st
 
 from cmdp.divergence import divergence_from_logits
 from cmdp.reward import trajectory_budget
-from replication.theory import FORMS, STRENGTH
-from replication.theory.crossings import over
+from replication.theory import FORMS, LEARNERS
 from replication.theory.guarantees import two_tokens, without_budget
 from replication.theory.learners import learn, see_budget
-from replication.theory.tabular import (
+from replication.theory.trees import (
     Trees,
     budgeted_policy,
     budgeted_values,
     enumerate_paths,
-    modified_gradient,
+    generator,
+    make_trees,
     modified_objective,
     outcome,
-    random_trees,
-    repeat,
+    outcomes,
+    over_budget,
     sequences,
     soft_optimum,
-    soft_values,
     tilt,
 )
 
@@ -43,9 +42,15 @@ def one_thread():
 
 
 def make(seed, number=3, vocab=3, depth=3, eos=True):
-    source = torch.Generator().manual_seed(seed)
-    trees = random_trees(number, enumerate_paths(vocab, depth, eos), 1.0, 0.4, source)
-    return trees, trees.teacher + torch.randn(trees.teacher.shape, generator=source, dtype=torch.float64)
+    parameters = {"seed": seed, "tree": {"sharpness": 1.0, "success": 0.4}}
+    trees = make_trees(parameters, number, 0, (vocab, depth, eos))
+    return trees, trees.teacher + torch.randn(
+        trees.teacher.shape, generator=generator(parameters, 1), dtype=torch.float64
+    )
+
+
+def pick(trees, row):
+    return Trees(trees.paths, trees.teacher[[row]], trees.reward[[row]])
 
 
 def full(value, number):
@@ -83,7 +88,7 @@ def test_paths_are_every_sequence_once(eos):
 @settings(max_examples=10, deadline=None)
 def test_exact_values_agree_with_a_walk_down_the_tree(seed):
     trees, logits = make(seed, number=1)
-    found = outcome(trees, logits, full(0.4, 1))
+    found = outcome(trees, logits, 0.4)
     policy = logits.softmax(-1)[0]
     cost = divergence_from_logits(logits, trees.teacher)[0]
     reward = violation = mean = probability = 0.0
@@ -102,7 +107,7 @@ def test_exact_values_agree_with_a_walk_down_the_tree(seed):
             mean += mass * spent
     assert probability == pytest.approx(1)
     assert [float(found[k]) for k in ("reward", "violation", "cost")] == pytest.approx([reward, violation, mean])
-    assert float(modified_objective(trees, logits, full(math.inf, 1), "exhausted", lam=0.0)) == pytest.approx(reward)
+    assert float(modified_objective(trees, logits, math.inf, "exhausted", lam=0.0)[0]) == pytest.approx(reward)
 
 
 # -------------------------------------------------------------------------------------- section 5: the optimum
@@ -134,13 +139,12 @@ def test_the_budgeted_policy_attains_its_value_and_never_violates(seed, budget, 
     assert (lower <= upper + 1e-12).all()
     assert (np.diff(lower, axis=-1) >= -1e-12).all()
     for level in (0, 12, 30):
-        attained = budgeted_policy(trees, grid, lower, level)
-        found = outcome(trees, attained.logits, full(grid[level], 3))
+        logits, _ = budgeted_policy(trees, grid, lower, level)
+        found = outcome(trees, logits, grid[level])
         np.testing.assert_allclose(found["reward"], lower[:, 0, level], atol=1e-9)
         assert found["violation"].max() == 0
         assert (found["worst"] <= grid[level] + 1e-9).all()
-        assert (attained.remaining >= 0).all()  # and z at a state is a number, not a distribution: section 2
-    teacher = outcome(trees, trees.teacher, full(0.0, 3))["reward"]
+    teacher = outcome(trees, trees.teacher, 0.0)["reward"]
     np.testing.assert_allclose(lower[:, 0, 0], teacher)  # no budget: the teacher
 
 
@@ -162,15 +166,17 @@ def test_the_bracket_closes_as_the_grid_is_refined():
 @settings(max_examples=10, deadline=None)
 def test_the_soft_optimum_attains_its_value_and_no_policy_beats_it(seed, lam):
     trees, logits = make(seed)
-    strengths = full(lam, 3)
 
     def value(policy):
-        found = outcome(trees, policy, full(1.0, 3))
+        found = outcome(trees, policy, 1.0)
         return found["reward"] - lam * found["cost"]
 
-    best = soft_values(trees, strengths)[:, 0]
-    torch.testing.assert_close(value(soft_optimum(trees, strengths)), best)
-    for policy in (logits, trees.teacher, 0.5 * (logits + soft_optimum(trees, strengths))):
+    values, optimum = soft_optimum(trees, lam)
+    best = values[:, 0]
+    torch.testing.assert_close(value(optimum), best)
+    each = [soft_optimum(pick(trees, row), lam)[1][0] for row in range(3)]
+    torch.testing.assert_close(soft_optimum(trees, full(lam, 3))[1], torch.stack(each))
+    for policy in (logits, trees.teacher, 0.5 * (logits + optimum)):
         assert (value(policy) <= best + 1e-12).all()
 
 
@@ -179,10 +185,9 @@ def test_nothing_beats_the_budgeted_optimum_by_random_search():
     upper = budgeted_values(trees, quadratic(0.2, 41), "upper")[0, 0, -1]
     lower = budgeted_values(trees, quadratic(0.2, 41))[0, 0, -1]
     source = torch.Generator().manual_seed(0)
-    many = repeat(trees, 20000)
-    policies = many.teacher + torch.randn(many.teacher.shape, generator=source, dtype=torch.float64)
-    found = outcome(many, policies, full(0.2, 20000))
-    best = float(found["reward"][found["violation"] == 0].max())
+    policies = trees.teacher + torch.randn(1, 20000, 3, 2, generator=source, dtype=torch.float64)
+    found = outcomes(trees, policies, 0.2)
+    best = found["reward"][found["violation"] == 0].max()
     assert lower - 0.05 < best <= upper
 
 
@@ -198,13 +203,13 @@ def test_a_the_maximiser_among_all_policies_never_violates_at_any_penalty(seed):
     teacher = grid[np.random.default_rng(seed).integers(15, size=3)]
     trees = trees._replace(teacher=torch.from_numpy(np.log(np.stack([teacher, 1 - teacher], -1)))[None])
     every = np.array(list(itertools.product(grid, repeat=3)))
-    many, policies = repeat(trees, len(every)), torch.from_numpy(np.log(np.stack([every, 1 - every], -1)))
-    budget = full(0.15, len(every))
-    violation = outcome(many, policies, budget)["violation"]
-    feasible = outcome(many, policies, budget)["within"][violation == 0].max()
+    many, policies = trees.repeat(len(every)), torch.from_numpy(np.log(np.stack([every, 1 - every], -1)))
+    found = outcome(many, policies, 0.15)
+    violation = found["violation"]
+    feasible = found["within"][violation == 0].max()
     for strengths in ({"penalty": 0.01, "lam": 0.0}, {"penalty": 0.0, "lam": 0.01}, {"penalty": 9.0, "lam": 3.0}):
         for form in ("exhausted", "overshoot"):
-            value = modified_objective(many, policies, budget, form, **strengths)
+            value, _ = modified_objective(many, policies, 0.15, form, **strengths)
             assert violation[value.argmax()] == 0
             torch.testing.assert_close(value.max(), feasible)
 
@@ -215,9 +220,9 @@ def test_a_the_bound_holds_in_any_class_that_contains_a_feasible_policy(seed, bu
     trees, logits = make(seed)
     lines = torch.linspace(0, 1, 60, dtype=torch.float64)[:, None, None, None]
     policies = torch.lerp(trees.teacher, logits, lines).transpose(0, 1).flatten(0, 1)  # teacher first
-    many = repeat(trees, 60)
-    found = outcome(many, policies, full(budget, 180))
-    value = modified_objective(many, policies, full(budget, 180), "exhausted", lam=lam, penalty=n).view(3, 60)
+    many = trees.repeat(60)
+    found = outcome(many, policies, budget)
+    value = modified_objective(many, policies, budget, "exhausted", lam=lam, penalty=n)[0].view(3, 60)
     within, p = found["within"].view(3, 60), found["violation"].view(3, 60)
     for row, best in enumerate(value.argmax(1)):
         feasible = within[row][p[row] == 0].max()
@@ -227,7 +232,8 @@ def test_a_the_bound_holds_in_any_class_that_contains_a_feasible_policy(seed, bu
 
 def test_a_the_bound_is_tight_for_a_budget_per_token():
     """Whether the root has overspent is known only once it is known how many tokens there are."""
-    within, violation = two_tokens(0.1, 20000)
+    found = two_tokens(0.1, 20000)
+    within, violation = found["within"][0], found["violation"][0]
     feasible = within[violation == 0].max()
     assert violation[within.argmax()] > 0.19  # at n = 0 the maximiser violates
     n = 0.0
@@ -247,8 +253,7 @@ def test_b_a_policy_that_does_not_see_z_earns_as_much():
     grid = quadratic(0.2, 121)
     lower, upper = (budgeted_values(trees, grid, b)[:, 0, -1] for b in ("lower", "upper"))
     for row in range(2):
-        tree = Trees(trees.paths, trees.teacher[[row]], trees.reward[[row]])
-        unaware = without_budget(tree, 0.2, 3, np.random.default_rng(row))
+        unaware = without_budget(pick(trees, row), 0.2, 3, np.random.default_rng(row))
         assert lower[row] - 1e-4 <= unaware <= upper[row] + 1e-6
 
 
@@ -256,12 +261,12 @@ def test_b_a_policy_that_does_not_see_z_earns_as_much():
 @settings(max_examples=20, deadline=None)
 def test_c_the_gradient_away_from_crossings(seed, form, lam, n):
     trees, logits = make(seed)
-    budget, step = full(0.4, 3), 1e-6
+    budget, step = 0.4, 1e-6
     direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     ahead, behind = logits + step * direction, logits - step * direction
-    calm = (over(trees, ahead, budget) == over(trees, behind, budget)).all(1)
-    formula = (modified_gradient(trees, logits, budget, form, lam=lam, penalty=n) * direction).sum((1, 2))
-    value = [modified_objective(trees, x, budget, form, lam=lam, penalty=n) for x in (ahead, behind)]
+    calm = (over_budget(trees, ahead, budget) == over_budget(trees, behind, budget)).flatten(1).all(1)
+    formula = (modified_objective(trees, logits, budget, form, lam=lam, penalty=n)[1] * direction).sum((1, 2))
+    value = [modified_objective(trees, x, budget, form, lam=lam, penalty=n)[0] for x in (ahead, behind)]
     torch.testing.assert_close(formula[calm], ((value[0] - value[1]) / (2 * step))[calm], rtol=1e-5, atol=1e-7)
 
 
@@ -278,14 +283,14 @@ def test_c_what_jumps_at_a_crossing_and_what_does_not():
     policies = torch.stack([x, 1 - x], -1).log()[:, None]
 
     def across(form):
-        value = modified_objective(trees, policies, full(d, 2), form, lam=2.0)
+        value, _ = modified_objective(trees, policies, d, form, lam=2.0)
         return float(value[1] - value[0])
 
     assert across("exhausted") == pytest.approx(-low - 2.0 * d, abs=1e-6)  # R, and lam Phi of the whole step
     assert across("overshoot") == pytest.approx(-low, abs=1e-6)  # its penalty does not jump, its R does
     assert across("hinge") == pytest.approx(0, abs=1e-6)
     for form in FORMS:  # and none of the formulas sees any of it
-        slope = modified_gradient(trees, policies, full(d, 2), form, lam=2.0)
+        _, slope = modified_objective(trees, policies, d, form, lam=2.0)
         assert slope.abs().max() < 3
 
 
@@ -293,13 +298,12 @@ def test_d_meeting_the_budget_on_average_lets_many_trajectories_violate_it():
     trees, _ = make(5, number=20, depth=4)
     shares = []
     for row in range(20):
-        tree = Trees(trees.paths, trees.teacher[[row]], trees.reward[[row]])
-        low, high = 1e-2, 1e2
+        tree, low, high = pick(trees, row), 1e-2, 1e2
         for _ in range(40):
             lam = math.sqrt(low * high)
-            cost = float(outcome(tree, soft_optimum(tree, full(lam, 1)), full(0.2, 1))["cost"])
+            cost = float(outcome(tree, soft_optimum(tree, lam)[1], 0.2)["cost"])
             low, high = (lam, high) if cost > 0.2 else (low, lam)
-        found = outcome(tree, soft_optimum(tree, full(high, 1)), full(0.2, 1))
+        found = outcome(tree, soft_optimum(tree, high)[1], 0.2)
         assert float(found["cost"]) <= 0.2
         shares.append(float(found["violation"]))
     assert max(shares) > 0.5
@@ -315,32 +319,32 @@ def test_the_hinge_is_an_exact_penalty_from_the_greatest_price_on(seed):
     trees, _ = make(seed, vocab=2, depth=3, eos=False)
     grid = quadratic(0.2, 41)
     values = budgeted_values(trees, grid)
-    best, price = values[:, 0, -1], budgeted_policy(trees, grid, values, 40).price
-    prices = torch.tensor([0.05, 0.5, 5.0, 500.0], dtype=torch.float64)
-    earned = np.stack([budgeted_values(trees, grid, price=p.expand(3))[:, 0, -1] for p in prices])
+    best, (_, price) = values[:, 0, -1], budgeted_policy(trees, grid, values, 40)
+    earned = np.stack([budgeted_values(trees, grid, price=p)[:, 0, -1] for p in (0.05, 0.5, 5.0, 500.0)])
     assert (np.diff(earned, axis=0) <= 1e-12).all()
     assert (earned >= best - 1e-12).all()
     for row in range(3):  # a little more than the greatest price is enough, half of the root's is too little
         finite = price[row][np.isfinite(price[row])]
-        above = budgeted_values(trees, grid, price=full(1.05 * finite.max() + 1e-9, 3))[row, 0, -1]
+        above = budgeted_values(trees, grid, price=1.05 * finite.max() + 1e-9)[row, 0, -1]
         assert above - best[row] < 2e-3
         if 1e-2 < price[row, 0] < np.inf and best[row] < 0.95:
-            below = budgeted_values(trees, grid, price=full(price[row, 0] / 2, 3))[row, 0, -1]
+            below = budgeted_values(trees, grid, price=price[row, 0] / 2)[row, 0, -1]
             assert below > best[row] + 1e-5
 
 
 def test_the_price_is_the_slope_of_the_optimum_and_a_martingale():
     """What a nat more would earn at a state is the mean, over the student's tokens, of what it earns after them."""
-    trees, _ = make(2, number=8, vocab=2, depth=2, eos=False)
+    trees, _ = make(2, number=24, vocab=2, depth=2, eos=False)
     grid = quadratic(0.3, 401)
     values = budgeted_values(trees, grid)
-    attained = budgeted_policy(trees, grid, values, 400)
-    slope = (values[:, 0, 400] - values[:, 0, 380]) / (grid[400] - grid[380])
-    after = (attained.logits.exp()[:, 0].numpy() * attained.price[:, 1:]).sum(1)
-    rich = np.isfinite(after) & np.isfinite(attained.price[:, 0]) & (slope > 0.05)
+    logits, price = budgeted_policy(trees, grid, values, 400)
+    slope = (values[:, 0, 400] - values[:, 0, 398]) / (grid[400] - grid[398])
+    after = (logits.exp()[:, 0].numpy() * np.where(np.isfinite(price), price, np.nan)[:, 1:]).sum(1)
+    # not where the grid resolves no price, or where all that follows a token earns the same: it has no price
+    rich = np.isfinite(after) & np.isfinite(price[:, 0]) & (slope > 0.05) & (price > 0).all(1)
     assert rich.sum() >= 3
-    np.testing.assert_allclose(attained.price[rich, 0], slope[rich], rtol=0.08)
-    np.testing.assert_allclose(after[rich], attained.price[rich, 0], rtol=0.15)
+    np.testing.assert_allclose(price[rich, 0], slope[rich], rtol=0.05)
+    np.testing.assert_allclose(after[rich], price[rich, 0], rtol=0.15)
 
 
 # ------------------------------------------------------------------------------------------------- the learners
@@ -358,13 +362,13 @@ def test_a_learner_climbs_the_gradient_of_its_objective(method, form, samples):
     budget = full(0.4, 3)
     source = torch.Generator().manual_seed(0)
     end = learn(trees, start, budget, method, full(2.0, 3), full(0.01, 3), samples=samples, generator=source, **STEPS)
-    gradient = modified_gradient(trees, start, budget, form, lam=2.0)
+    _, gradient = modified_objective(trees, start, 0.4, form, lam=2.0)
     clear = gradient.abs() > (0.03 if samples else 1e-6)
     assert clear.sum() > 15
     assert ((end - start).sign() == gradient.sign())[clear].all()
 
 
-@pytest.mark.parametrize("method", STRENGTH)
+@pytest.mark.parametrize("method", LEARNERS)
 @pytest.mark.parametrize("samples", [0, 8])
 def test_every_method_trains_and_repeats_itself(method, samples):
     trees, start = make(0)
@@ -386,8 +390,9 @@ def test_a_row_trains_as_it_would_alone():
     settings = {"steps": 15, "samples": 0, "margin": 0.03, "bins": 5, "generator": torch.Generator()}
     together = learn(trees, start, full(0.3, 3), "cmdp-overshoot", strength, rate, **settings)
     for row in range(3):
-        tree = Trees(trees.paths, trees.teacher[[row]], trees.reward[[row]])
-        alone = learn(tree, start[[row]], full(0.3, 1), "cmdp-overshoot", strength[[row]], rate[[row]], **settings)
+        alone = learn(
+            pick(trees, row), start[[row]], full(0.3, 1), "cmdp-overshoot", strength[[row]], rate[[row]], **settings
+        )
         torch.testing.assert_close(alone[0], together[row])
 
 
@@ -419,11 +424,11 @@ def test_learners_find_what_theory_says_they_must():
 
     def train(method, strength):
         logits = learn(trees, start, full(0.2, 6), method, full(strength, 6), full(0.1, 6), **settings)
-        return outcome(trees, logits, full(0.2, 6))
+        return outcome(trees, logits, 0.2)
 
     assert train("gkd", 0.0)["cost"].max() < 1e-3
     soft = train("gkd-grpo", 1.0)
-    torch.testing.assert_close(soft["reward"] - soft["cost"], soft_values(trees, full(1.0, 6))[:, 0], rtol=0, atol=2e-3)
+    torch.testing.assert_close(soft["reward"] - soft["cost"], soft_optimum(trees, 1.0)[0][:, 0], rtol=0, atol=2e-3)
     best = budgeted_values(trees, quadratic(0.2, 61))[:, 0, -1]
     ours = train("cmdp-hinge-margin", 20.0)
     assert ours["violation"].max() < 0.01
