@@ -15,14 +15,15 @@ def train(arguments: argparse.Namespace) -> None:
     experiment = room.read(arguments.config, *arguments.overrides)
     if unknown := sorted(set(arguments.run or []) - set(experiment.runs)):
         raise ValueError(f"{arguments.config} has no run {unknown[0]!r}. It has: {', '.join(experiment.runs)}.")
-    room.run_all(experiment, arguments.run or [*experiment.runs], arguments.seed or experiment.seeds, arguments.again)
+    room.run_all(experiment, arguments.run or [*experiment.runs], arguments.seed or experiment.seeds)
 
 
 def memory(arguments: argparse.Namespace) -> None:
     """Sum up what training takes in memory, from the models' configurations alone."""
     from cmdp import train as room
 
-    room.memory(room.read(arguments.config, *arguments.overrides))
+    experiment = room.read(arguments.config, *arguments.overrides)
+    room.fit(experiment, next(iter(experiment.runs)))
 
 
 def prune(arguments: argparse.Namespace) -> None:
@@ -70,7 +71,6 @@ def main() -> None:
         if function is train:
             command.add_argument("--run", action="append", help="a run of the file (all); may be given again")
             command.add_argument("--seed", action="append", type=int, help="a seed (all of the file's)")
-            command.add_argument("--again", action="store_true", help="measure even what has been measured")
         if function is prune:
             command.add_argument("model", help="a Hub id, a local folder or a GGUF file")
             command.add_argument("target", type=Path, help="a new folder")

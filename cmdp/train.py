@@ -90,6 +90,27 @@ class Experiment:
         """Where the trained student goes."""
         return MODELS / self.name / run / str(seed)
 
+    def problems(self, split: str, tokenizer) -> list[dict]:
+        """The problems of a split whose prompts have at most `task.prompt_length` tokens. Prompts begin with the token
+        that starts every text of the tokenizer, if there is one.
+
+        Raises:
+            ValueError: none is left.
+        """
+        problems, longest = load_problems(self.task, tokenizer)[split], self.task.get("prompt_length")
+        start = tokenizer.bos_token or ""
+        if start and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
+            problems = [row | {"prompt": start + row["prompt"].removeprefix(start)} for row in problems]
+        if longest is None:
+            return problems
+        lengths = map(len, tokenizer([row["prompt"] for row in problems], add_special_tokens=False).input_ids)
+        kept = [row for row, length in zip(problems, lengths, strict=True) if length <= longest]
+        if len(kept) < len(problems):
+            print(f"{len(problems) - len(kept)} of {len(problems)} problems are left out: over {longest} tokens.")
+        if not kept:
+            raise ValueError(f"No problem has {longest} tokens or fewer: raise task.prompt_length.")
+        return kept
+
 
 def read(path: Path, *overrides: str) -> Experiment:
     """The experiment in a parameter file, with `overrides` such as "train.max_steps=5", checked.
@@ -170,37 +191,32 @@ def distil(
     from datasets import Dataset
     from transformers import TrainerState
     from transformers.trainer_utils import get_last_checkpoint
+    from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
+
+    from cmdp.trainer import CMDPTrainer
 
     def task_reward(completions: list[str], answer: list[str], **_) -> list[float]:
         return [float(is_correct(completion, right)) for completion, right in zip(completions, answer, strict=True)]
 
     defaults = {"gradient_checkpointing": False, "bf16": False, "report_to": "none", "disable_tqdm": True}
     settings = {"output_dir": str(checkpoints), **defaults, **METHODS.get(check_method(method), {}), **settings}
-    data = {"train_dataset": Dataset.from_list(problems), "processing_class": tokenizer}
-    if method in TRL:
-        trainer = _of_trl(method, student, teacher, task_reward, settings, data)
+    config, data = build_config(settings), {"train_dataset": Dataset.from_list(problems), "processing_class": tokenizer}
+    if method in TRL:  # given what of the settings they know: reverse KL, no KL to a reference
+        kind = GRPOConfig if method == "trl-grpo" else DistillationConfig
+        known = {entry.name for entry in dataclasses.fields(kind)} - {"beta"}
+        args = kind(**{name: getattr(config, name) for name in settings if name in known})
+    if method == "trl-grpo":
+        trainer = GRPOTrainer(student, task_reward, args, **data)
+    elif method == "trl-gkd":
+        trainer = DistillationTrainer(student, teacher, args=args, **data)
     else:
-        from cmdp.trainer import CMDPTrainer
-
-        trainer = CMDPTrainer(student, teacher, task_reward, build_config(settings), **data)
+        trainer = CMDPTrainer(student, teacher, task_reward, config, **data)
     last = get_last_checkpoint(str(checkpoints)) if resume else None
     if last and (state := TrainerState.load_from_json(f"{last}/trainer_state.json")).global_step >= state.max_steps:
         trainer._load_from_checkpoint(last)  # finished: `train` would take one more step
         return state.log_history
     trainer.train(resume_from_checkpoint=last)
     return trainer.state.log_history
-
-
-def _of_trl(method: str, student, teacher, task_reward, settings: dict[str, Any], data: dict):
-    """TRL's GRPOTrainer or DistillationTrainer, given what of `settings` it knows."""
-    from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
-
-    config, kind = build_config(settings), GRPOConfig if method == "trl-grpo" else DistillationConfig
-    known = {entry.name for entry in dataclasses.fields(kind)} - {"beta"}  # reverse KL; no KL to a reference
-    args = kind(**{name: getattr(config, name) for name in settings if name in known})
-    if method == "trl-grpo":
-        return GRPOTrainer(student, task_reward, args, **data)
-    return DistillationTrainer(student, teacher, args=args, **data)
 
 
 def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -> Path:
@@ -216,32 +232,27 @@ def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -
     Raises:
         ValueError: no such run, different vocabularies, no prompt short enough, or too little memory.
     """
-    from transformers import set_seed
+    from accelerate.utils import set_seed
+
+    from cmdp.memory import GIB, taken
 
     if run not in experiment.runs:
         raise ValueError(f"The experiment {experiment.name} has no run {run!r}. It has: {', '.join(experiment.runs)}.")
-    method, settings, folder = (
-        experiment.runs[run]["method"],
-        experiment.settings(run, seed),
-        experiment.folder(run, seed),
-    )
-    student, teacher = experiment.student, experiment.teacher
-    tokenizer, longest = shared_tokenizer(student, teacher), experiment.task.get("prompt_length")
-    problems = within(load_problems(experiment.task, tokenizer)["train"], tokenizer, longest)
-    made_by = fingerprint(
-        {"method": method, "settings": settings, "problems": problems, "models": [vars(student), vars(teacher)]},
-        [*_files(student), *_files(teacher)],
-    )
+    method, settings = experiment.runs[run]["method"], experiment.settings(run, seed)
+    folder, use_cpu = experiment.folder(run, seed), settings.get("use_cpu", False)
+    specs = experiment.student, experiment.teacher
+    problems = experiment.problems("train", shared_tokenizer(*specs))
+    made_from = {"method": method, "settings": settings, "problems": problems, "models": [*map(vars, specs)]}
+    made_by = fingerprint(made_from, [file for spec in specs for file in _files(spec)])
     if (folder / RECORD).is_file() and json.loads((folder / RECORD).read_text())["fingerprint"] == made_by:
         print(f"{folder} is finished.")
         return folder
-    with _main_process_first(settings.get("use_cpu", False)):
+    with _main_process_first(use_cpu):
         checkpoints, resume = checkpoint_folder(f"{experiment.name}/{run}/{seed}", made_by)
-    device = pick_device(settings.get("use_cpu", False))
-    memory = _memory(experiment, settings, device) if check_fit else {}
+    memory = fit(experiment, run) if check_fit else {}
     set_seed(seed)  # a new adapter's weights are drawn
-    student, teacher, tokenizer = load_pair(student, teacher, settings.get("use_cpu", False))
-    log = []
+    student, teacher, tokenizer = load_pair(*specs, use_cpu)
+    device, log = student.device, []
     if method != START:
         with steps_to(checkpoints / "steps.txt"):
             is_correct, plain = load_task(experiment.task["name"]).is_correct, _plain(tokenizer)
@@ -249,12 +260,11 @@ def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -
             log = distil(method, student, teacher, plain, problems, is_correct, checkpoints, resume, settings)
     if int(os.environ.get("RANK", "0")) > 0:
         return folder
-    record = {
-        **{"run": run, "method": method, "seed": seed, "settings": settings, "task": experiment.task},
-        **{"student": experiment.student.model, "teacher": experiment.teacher.model},
-        **{"parameters": student.num_parameters(), "memory": memory and memory | {"taken_gib": _taken(device)}},
-        **{"provenance": provenance(), "fingerprint": made_by, "measured": None},
-    }
+    record = {"run": run, "method": method, "seed": seed, "settings": settings, "task": experiment.task}
+    record |= {"student": specs[0].model, "gguf_file": specs[0].gguf_file, "revision": specs[0].revision}
+    record |= {"teacher": specs[1].model, "parameters": student.num_parameters()}
+    record |= {"memory": memory and memory | {"taken_gib": taken(device) / GIB}, "provenance": provenance()}
+    record |= {"fingerprint": made_by, "measured": None}
     with whole(folder) as unfinished:
         student.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
@@ -290,35 +300,31 @@ def measure(
 
     from cmdp.evaluation import evaluate
 
-    settings, (student, teacher, tokenizer) = experiment.evaluate, pair
+    settings, (student, _, tokenizer) = experiment.evaluate, pair
     if problems is None:
-        problems = load_problems(experiment.task, tokenizer)[settings.split][: settings.prompts]
-    problems = within(problems, tokenizer, experiment.task.get("prompt_length"))
+        problems = experiment.problems(settings.split, tokenizer)[: settings.prompts]
     arguments = {"samples": settings.samples, "greedy": settings.greedy, "batch_size": settings.batch_size}
     arguments["max_completion_length"] = experiment.train["max_completion_length"]
-    device = student.device
+    device, task = student.device, load_task(experiment.task["name"])
     # as in training: float32 weights compute in the device's dtype
     with torch.autocast(device.type, pick_dtype(device), enabled=device.type == "cuda"):
-        task = load_task(experiment.task["name"])
-        return evaluate(student, teacher, tokenizer, task, problems, seed=seed, **arguments | changes)
+        return evaluate(*pair, task, problems, seed=seed, **arguments | changes)
 
 
-def run_all(experiment: Experiment, runs: list[str], seeds: list[int], again: bool = False) -> None:
-    """Train and measure `runs` with `seeds`, and sum up all results there are in results/NAME.
+def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
+    """Train and measure `runs` with `seeds`, and sum up all results there are in results/NAME."""
+    from accelerate.utils import release_memory
 
-    Args:
-        again: measure even what has been measured.
-    """
     results = RESULTS / experiment.name
     for run in runs:
         for seed in seeds:
             folder = train(experiment, run, seed)
             record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-            if record["measured"] and not again:
+            if record["measured"]:
                 continue
             pair = load_trained(experiment, run, seed)
             completions, positions = measure(experiment, pair, seed)
-            problems = load_problems(experiment.task, pair[-1])[experiment.evaluate.split]
+            problems = experiment.problems(experiment.evaluate.split, pair[-1])
             texts = completions.query("decoding == 'sampled'")[["prompt", "completion"]]
             texts = texts.assign(prompt=[problems[index]["prompt"] for index in texts["prompt"]])  # what `judge` reads
             training = pd.read_csv(folder / TRAINING).reindex(columns=[*LOGGED, *PHASES]).dropna(subset="csr")
@@ -328,10 +334,12 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int], again: bo
                 write_table(table[["run", "seed", *table.columns[:-2]]], results / name / run / f"{seed}.csv")
             summary = summarise(tables["completions"].assign(run=run, seed=seed), **vars(experiment.budget))
             measured = summary.set_index("measure")[["mean", "low", "high"]].to_dict("index")
-            write_json(record | {"measured": measured | {"prompts": experiment.evaluate.prompts}}, folder / RECORD)
+            write_json(
+                record | {"measured": measured | {"prompts": experiment.evaluate.prompts, "seeds": 1}}, folder / RECORD
+            )
             write_json(record["memory"], results / "memory" / run / f"{seed}.json")
             print(f"{run}, seed {seed}: weights in {folder}, completions in {results}/completions/{run}/{seed}.csv")
-            _free()
+            release_memory(pair)
     summary = summarise(gather(results, "completions"), **vars(experiment.budget))
     write_table(summary, results / "summary.csv")
     times = gather(results, "training").reindex(columns=["run", *PHASES]).groupby("run", sort=False).median()
@@ -347,28 +355,6 @@ def gather(results: Path, table: str) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def within(problems: list[dict], tokenizer, longest: int | None) -> list[dict]:
-    """The problems whose prompts have at most `longest` tokens; prompts begin with the tokenizer's start token, if any.
-
-    Raises:
-        ValueError: none is left.
-    """
-    prompts = [row["prompt"] for row in problems]
-    start = tokenizer.bos_token or ""
-    if start and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:  # it starts every text
-        prompts = [prompt if prompt.startswith(start) else start + prompt for prompt in prompts]
-    problems = [row | {"prompt": prompt} for row, prompt in zip(problems, prompts, strict=True)]
-    if longest is None:
-        return problems
-    lengths = map(len, tokenizer(prompts, add_special_tokens=False).input_ids)
-    kept = [row for row, length in zip(problems, lengths, strict=True) if length <= longest]
-    if len(kept) < len(problems):
-        print(f"{len(problems) - len(kept)} of {len(problems)} problems are left out: over {longest} tokens.")
-    if not kept:
-        raise ValueError(f"No problem has {longest} tokens or fewer: raise task.prompt_length.")
-    return kept
-
-
 @contextlib.contextmanager
 def steps_to(path: Path):
     """Send what a trainer prints, a line per step, to a file beside its checkpoints: `tail -f` follows it."""
@@ -377,30 +363,22 @@ def steps_to(path: Path):
         yield
 
 
-def _memory(experiment: Experiment, settings: dict[str, Any], device) -> dict[str, Any]:
-    """Print the memory that training takes, and raise if the device has less. Returns what a record says of it."""
+def fit(experiment: Experiment, run: str) -> dict[str, Any]:
+    """Print the memory that training a run takes, from the models' configurations alone, and raise `ValueError` if the
+    device has less. Returns what a record says of it."""
     import torch
 
     from cmdp.memory import GIB, check_memory, device_memory, device_name, memory_sum, peak
 
+    settings, specs = experiment.settings(run, 0), (experiment.student, experiment.teacher)
+    shared_tokenizer(*specs)  # raises if no divergence is defined
+    device = pick_device(settings.get("use_cpu", False))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     available, longest = device_memory(device), experiment.task["prompt_length"]
-    specs = experiment.student, experiment.teacher
     items = memory_sum(*specs, settings, longest, device.type, pick_dtype(device), available)
     check_memory(items, available)
     return {"device": device_name(device), "threads": torch.get_num_threads(), "summed_gib": peak(items) / GIB}
-
-
-def memory(experiment: Experiment) -> None:
-    """Print the memory that training takes, from the models' configurations alone, and raise if the device has less."""
-    shared_tokenizer(experiment.student, experiment.teacher)  # raises if no divergence is defined
-    settings = experiment.settings(next(iter(experiment.runs)), 0)
-    _memory(experiment, settings, pick_device(settings.get("use_cpu", False)))
-
-
-def _taken(device) -> float:
-    from cmdp.memory import GIB, taken
-
-    return taken(device) / GIB
 
 
 def _plain(tokenizer):
@@ -430,15 +408,3 @@ def _main_process_first(use_cpu: bool):
     from accelerate import PartialState
 
     return PartialState(cpu=use_cpu).main_process_first()
-
-
-def _free() -> None:
-    """Release the memory of a run before the next."""
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()

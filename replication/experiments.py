@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
+import yaml
+from omegaconf import OmegaConf
 
-from cmdp.storage import read_yaml
+from cmdp.storage import read_yaml, write_text
 
 EXPERIMENTS, PARAMS = Path("experiments.yaml"), Path("params.yaml")
 RESULTS, FIGURES, MODELS = Path("results"), Path("figures"), Path("models")
@@ -79,3 +81,19 @@ def gather(table: str, runs: dict[str, Row], root: Path = RESULTS / "runs") -> p
         tables.append(pd.read_csv(path, keep_default_na=table != "completions").assign(run=row.name))
     gathered = pd.concat([table for table in tables if len(table)], ignore_index=True)
     return gathered[["run", *gathered.columns.drop("run")]]
+
+
+def print_keys(part: str) -> None:
+    """Print the runs of a part as a pattern, "sft|grpo|...", for parallel.sh."""
+    print("|".join(rows(part=part)))
+
+
+def shrink(folder: str) -> None:
+    """Lay profiles/smoke.yaml over the parameter files under `folder`; keep the runs it names, with one seed."""
+    smoke = OmegaConf.load("profiles/smoke.yaml")
+    for name, change in smoke.files.items():
+        path = Path(folder, name)
+        merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(path), change))
+        if "runs" in merged:
+            merged["runs"] = {key: merged["runs"][key] | {"seeds": [0]} for key in smoke.keep}
+        write_text(yaml.safe_dump(merged, sort_keys=False), path)

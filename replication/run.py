@@ -1,5 +1,7 @@
 """The pipeline's training stages: start models, runs, and trials of tuning."""
 
+import shutil
+
 import pandas as pd
 
 from cmdp import storage
@@ -41,6 +43,7 @@ def pretrain(role: str) -> None:
     with storage.whole(START / role) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    shutil.rmtree(checkpoints)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     print(f"{START / role}: {model.num_parameters():,} parameters, last loss {losses[-1]:.4f} nats per token")
 

@@ -132,9 +132,10 @@ def test_a_run_cut_off_after_its_last_checkpoint_takes_no_further_step(small, mo
     experiment = train.read(small)
     whole = (train.train(experiment, "cmdp", 0) / "adapter_model.safetensors").read_bytes()
     shutil.rmtree("models")
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="the power is gone"):
+    with monkeypatch.context() as patched:
         patched.setattr(train, "whole", lambda folder: (_ for _ in ()).throw(OSError("the power is gone")))
-        train.train(experiment, "cmdp", 0)
+        with pytest.raises(OSError, match="the power is gone"):
+            train.train(experiment, "cmdp", 0)
     monkeypatch.setattr(CMDPTrainer, "training_step", lambda *_: pytest.fail("a step beyond the last"))
     assert (train.train(experiment, "cmdp", 0) / "adapter_model.safetensors").read_bytes() == whole
 
@@ -209,7 +210,7 @@ def test_every_kind_of_method_trains(small, method):
     assert json.loads((folder / "cmdp.json").read_text())["method"] == method
 
 
-def test_prompts_carry_their_own_special_tokens_and_are_tokenised_without_more(tmp_path):
+def test_prompts_carry_their_own_special_tokens_and_are_tokenised_without_more(small, tmp_path, monkeypatch):
     from tokenizers.processors import TemplateProcessing
 
     folder = write_model(tmp_path / "base", "llama", 0)
@@ -219,14 +220,18 @@ def test_prompts_carry_their_own_special_tokens_and_are_tokenised_without_more(t
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 2)])
     assert tokenizer("a b").input_ids == [2, 3, 4]
     rows = [{"prompt": "a b", "answer": "c"}, {"prompt": "a b c d e f g", "answer": "d"}]
-    problems = train.within(rows, tokenizer, longest=4)
+    monkeypatch.setattr(train, "load_problems", lambda task, tokenizer: {"train": rows})
+    experiment = train.read(small, "task.prompt_length=4")
+    problems = experiment.problems("train", tokenizer)
     assert [row["answer"] for row in problems] == ["c"]  # the other is too long
     assert problems[0]["prompt"] == "<unk>a b"
     assert train._plain(tokenizer)(problems[0]["prompt"]).input_ids == [2, 3, 4]
     assert tokenizer("a b").input_ids == [2, 3, 4]  # what is saved with the student
-    assert train.within(rows[:1], plain, longest=4)[0]["prompt"] == "a b"
+    assert experiment.problems("train", plain)[0]["prompt"] == "a b"
+    rows[0]["prompt"] = "<unk>a b"  # a chat template writes it
+    assert experiment.problems("train", tokenizer)[0]["prompt"] == "<unk>a b"
     with pytest.raises(ValueError, match=r"raise task\.prompt_length"):
-        train.within(rows, tokenizer, longest=1)
+        train.read(small, "task.prompt_length=1").problems("train", tokenizer)
 
 
 def test_numbers_without_a_point_and_lists_are_read_as_such(small):

@@ -1,0 +1,146 @@
+"""The pipeline's training stages, on tiny models: what they write, and from which settings."""
+
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from cmdp.models import build_model, build_tokenizer
+from cmdp.tasks import arithmetic
+from replication import cli, run
+from replication.experiments import COLUMNS
+
+PARAMS = {
+    "task": {
+        "name": "arithmetic",
+        "seed": 0,
+        "steps": [2, 3],
+        "sizes": {"test": 4, "validation": 4, "train": 8, "supervised": 8},
+    },
+    "start": {"student": {"layers": 1, "hidden": 16, "heads": 2, "max_steps": 2, "learning_rate": 0.01}},
+    "supervised": {"per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 1, "use_cpu": True, "seed": 0},
+    "budget": {"budget": 1.5, "budget_form": "total"},
+    "train": {
+        "max_steps": 1,
+        "per_device_train_batch_size": 4,
+        "num_generations": 2,
+        "max_completion_length": 8,
+        "learning_rate": 0.001,
+        "logging_steps": 1,
+        "use_cpu": True,
+    },
+    "evaluate": {
+        "split": "test",
+        "prompts": 3,
+        "samples": 2,
+        "batch_size": 8,
+        "greedy": True,
+        "longer": {"steps": [4, 5], "prompts": 2, "samples": 1, "max_completion_length": 12},
+    },
+}
+EXPERIMENTS = {
+    "runs": {
+        "cmdp": {"part": "default", "method": "cmdp", "tuned": "cmdp", "seeds": [0, 1]},
+        "sft": {"part": "default", "method": "sft", "tuned": "sft", "seeds": [0]},
+        "dual-at-1": {"method": "dual", "tuned": "dual", "settings": {"budget": 1.0}, "seeds": [3, 4]},
+        "untuned": {"method": "gkd", "tuned": "gkd", "seeds": [0]},
+    },
+    "tuning": {
+        "seeds": [100, 101],
+        "samples": 2,
+        "trials": {"grpo": {"method": "grpo", "grid": [{"learning_rate": 1e-3}, {"learning_rate": 2e-3}]}},
+    },
+}
+CHOSEN = {"runs": {"sft": {}, "cmdp": {"lam": 0.3}, "dual": {"dual_rate": 0.1, "lam": 0.5}}}
+
+
+@pytest.fixture(autouse=True)
+def _in_a_small_project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CMDP_TRACEBACK", "")
+    Path("params.yaml").write_text(yaml.safe_dump(PARAMS))
+    Path("experiments.yaml").write_text(yaml.safe_dump(EXPERIMENTS, sort_keys=False))
+    Path("results").mkdir()
+    Path("results/chosen.yaml").write_text(yaml.safe_dump(CHOSEN))
+    tokenizer = build_tokenizer(arithmetic.vocabulary())
+    for seed, role in enumerate(("student", "teacher")):
+        build_model(tokenizer, layers=1, hidden=16, heads=2, seed=seed).save_pretrained(f"results/start/{role}")
+        tokenizer.save_pretrained(f"results/start/{role}")
+
+
+def test_a_default_run_keeps_every_table_of_all_its_seeds():
+    run.run("cmdp")
+    folder = Path("results/runs/default/cmdp")
+    tables = {path.stem: pd.read_csv(path) for path in folder.glob("*.csv")}
+    assert set(tables) == {"completions", "positions", "training", "examples", "times"}
+    counts = tables["completions"].groupby(["seed", "split", "decoding"]).size().to_dict()
+    assert counts == {
+        (seed, split, decoding): count
+        for seed in (0, 1)
+        for split, decoding, count in (("test", "sampled", 6), ("test", "greedy", 3), ("longer", "sampled", 2))
+    }
+    assert tables["training"]["seed"].tolist() == [0, 1]
+    assert len(tables["positions"]) == 2 * 8
+    assert list(tables["examples"].columns) == ["seed", "prompt", "completion", "problem"]
+    assert (tables["times"][["steps", "parameters"]] > 0).all(axis=None)
+    assert (tables["times"]["seconds"] > 0).all()
+    record = json.loads(Path("models/default/cmdp/1/cmdp.json").read_text())
+    assert (record["seed"], record["settings"]["lam"], record["settings"]["budget"]) == (1, 0.3, 1.5)
+    assert not list(Path("checkpoints").rglob("checkpoint-*"))
+
+
+def test_a_run_of_the_study_keeps_compact_completions_and_takes_its_own_settings():
+    run.run("dual-at-1")
+    folder = Path("results/runs/study/dual-at-1")
+    assert {path.name for path in folder.iterdir()} == {"completions.csv", "times.csv"}
+    table = pd.read_csv(folder / "completions.csv", keep_default_na=False)
+    assert list(table.columns) == COLUMNS
+    assert table.groupby(["seed", "split"]).size().to_dict() == {
+        (seed, split): count for seed in (3, 4) for split, count in (("test", 6), ("longer", 2))
+    }
+    assert table["cost"].round(4).equals(table["cost"])
+    settings = json.loads(Path("models/study/dual-at-1/3/cmdp.json").read_text())["settings"]
+    assert (settings["budget"], settings["lam"], settings["dual_rate"]) == (1.0, 0.5, 0.1)
+
+
+def test_the_start_itself_is_measured_and_not_trained():
+    run.run("sft")
+    start, end = (Path(folder) / "model.safetensors" for folder in ("results/start/student", "models/default/sft/0"))
+    assert start.read_bytes() == end.read_bytes()
+    assert pd.read_csv("results/runs/default/sft/training.csv").empty
+
+
+def test_trials_are_measured_on_validation_prompts_a_row_per_trial_and_seed():
+    run.trial("grpo")
+    table = pd.read_csv("results/tuning/grpo.csv")
+    assert list(table.columns) == ["index", "seed", "learning_rate", "accuracy", "csr", "accuracy_within", "cost"]
+    assert table[["index", "seed", "learning_rate"]].to_numpy().tolist() == [
+        [0, 100, 1e-3], [0, 101, 1e-3], [1, 100, 2e-3], [1, 101, 2e-3]
+    ]  # fmt: skip
+
+
+def test_a_start_model_is_trained_on_solutions():
+    before = Path("results/start/student/model.safetensors").read_bytes()
+    run.pretrain("student")
+    assert Path("results/start/student/model.safetensors").read_bytes() != before
+    assert not list(Path("checkpoints").rglob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("run", "cmdp-adptive"), r"experiments\.yaml has no run 'cmdp-adptive'. It has: cmdp, sft"),
+        (("run", "untuned"), r"results/chosen\.yaml has no settings of 'gkd'"),
+        (("trial", "ppo"), r"experiments\.yaml has no trials of 'ppo'. It has: grpo"),
+        (("pretrain", "giant"), r"params\.yaml has no start model 'giant'. It has: student"),
+        (("tables", "default"), r"There is no results/runs/default/cmdp/.*csv: run `dvc repro run@cmdp` first"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(monkeypatch, words, message):
+    monkeypatch.setattr(sys, "argv", ["replication", *words])
+    with pytest.raises(SystemExit, match=message) as raised:
+        cli.main()
+    assert "\n" not in str(raised.value)
