@@ -1,22 +1,22 @@
-"""Check a worked solution: recompute every equation between numbers that a text states, by a small parser.
+"""Check a worked solution: recompute its equations between numbers, and abstain from everything else.
 
     Natalia sold 48/2 = 24 clips in May, so 48 + 24 = 72 altogether.
 
-An equation is what stands around `=`, as far as it reads as arithmetic: on the left back to the last word that does not
-follow a number, on the right up to the first. Units are words and are passed over; so are `$` and the like. What is
-not arithmetic (a variable, a conversion such as "1 hour = 60 minutes") is not judged. Nothing is evaluated but here,
-on fractions of bounded size.
+Read are calculator annotations (`<<48/2=24>>`) and equations wholly of numbers, + - * / ^ × ÷ ( ) and %, where neither
+the words before ("half of 10 + 3") nor those after ("= 3 remainder 2") may change them. Values are exact fractions. A
+right side with k decimals is the left one rounded or cut to k decimals; a whole number is exact, unless the sign is ≈.
 """
 
+import ast
+import operator
 import re
 from fractions import Fraction
 from typing import NamedTuple
 
-LONGEST = 20_000  # characters of a text; what is longer is not a solution
-WINDOW = 60  # tokens of an expression
-DEPTH = 20  # of parentheses
-FLOAT = Fraction(1, 10**9)  # relative error that a number printed by a program has
-LARGEST = 10**40  # a numerator or denominator beyond it is not computed
+from cmdp.tasks.answers import NUMBER_WORDS
+
+LONGEST = 20_000  # characters of a text that are read
+LARGEST = 200  # characters of an expression; bits of a numerator or denominator
 
 
 class Equation(NamedTuple):
@@ -28,63 +28,57 @@ class Equation(NamedTuple):
 
 
 _ANNOTATION = re.compile(r"<<([^<>]{0,400})>>")
-_REWRITES = [  # of LaTeX and Markdown, before the text is cut into tokens
-    (re.compile(r"\\(?:times|cdot|ast)(?![A-Za-z])"), "*"),
-    (re.compile(r"\\div(?![A-Za-z])"), "/"),
-    (re.compile(r"\\(?:approx|thickapprox)(?![A-Za-z])"), "≈"),
-    (re.compile(r"\\[dt]?frac\s*\{([^{}]{1,60})\}\s*\{([^{}]{1,60})\}"), r"((\1)/(\2))"),
-    (re.compile(r"\\(?:text|mathrm|mbox|textbf)\s*\{([^{}]{0,60})\}"), r" \1 "),
-    (re.compile(r"\\(?:left|right|boxed|quad|qquad)(?![A-Za-z])"), " "),
-    (re.compile(r"\\[\[\]()]"), " ; "),
-    (re.compile(r"\\([$%#&_])"), r"\1"),
-    (re.compile(r"\\[,;! ]"), " "),
-    (re.compile(r"(?<=[0-9)])\*\*(?=[0-9(])"), "^"),
-    (re.compile(r"\*\*|__|`"), " "),
-    (re.compile(r"(?<=[0-9]) and [($]{0,2}(?=[0-9]{1,9}/[0-9])"), " "),  # "1 and 1/4"
-    (re.compile(r"\.(?=\s+[a-z(]|\s*[-+*/=])"), " "),  # an abbreviation: "600 sq. ft. * 2"
-    (re.compile(r"^[ \t]*(?:[-*•+][ \t]|[0-9]{1,2}[.)][ \t])", re.MULTILINE), " ; "),  # an item of a list
+_REWRITES = [  # LaTeX and Markdown
+    (r"\\(?:times|cdot|ast)(?![A-Za-z])", "*"),
+    (r"\\div(?![A-Za-z])", "/"),
+    (r"\\approx(?![A-Za-z])", "≈"),
+    (r"\\[dt]?frac *\{([^{}]{1,60})\} *\{([^{}]{1,60})\}", r"((\1)/(\2))"),
+    (r"\\[dt]?frac *([0-9])([0-9])", r"(\1/\2)"),
+    (r"\\(?:text|mathrm|mbox|textbf|boxed) *\{([^{}]{0,60})\}", r" \1 "),
+    (r"\{,\}", ","),
+    (r"\^ *\{(-?[0-9]{1,9})\}", r"^(\1)"),
+    (r"\\(?:left|right|quad|qquad)(?![A-Za-z])|\\[][(),;! ]|\\(?=[%$&#])", " "),
+    (r"(?<=[0-9)])\*\*(?=[0-9(])", "^"),
+    (r"\*\*|__|[&`]", " "),
+    (r"(?m)^[ \t]*(?:[-*•+][ \t]|[0-9]{1,2}[.)][ \t])", ""),  # an item of a list
+    (r"(?<=[0-9)%])[ \t]*[xX][ \t]*(?=[$0-9(.])", " * "),
+    (r"(/\(*[0-9]+\)*|[0-9]%) of (?=[$0-9(])", r"\1 ⊗ "),  # 1/4 of 60, 20% of 50
 ]
-_SPOKEN = re.compile(
-    r"(?<![$0-9.,])[$0-9.,]{1,30}(?: (?:plus|minus|times|divided by) [$0-9.,]{1,30}){1,20} equals (?=[$0-9.])"
+_PLAIN = str.maketrans("−–×·∙⋅÷≅[]", "--****/≈()", "$€£")
+_RUN = "0123456789.,+*/^()%- \t\u00a0\u202f"  # what an expression is made of
+_SIGN = re.compile(r"((?<![<>!=:~])={1,2}(?![=>])|≈)")
+_NUMBER = r"(?<![0-9.,])(?:(?:0|[1-9][0-9]{0,2}(?:,[0-9]{3})+|[1-9][0-9]*)(?:\.[0-9]+)?|\.[0-9]+)(?![0-9.,])"
+_EXPRESSION = re.compile(rf"(?:{_NUMBER} ?%?|[-+*/^()\s])+")
+_CHANGES = rf"{NUMBER_WORDS}|per ?cent|cents?|¢|point|am|pm|a\.m|p\.m|o'clock"
+_BEFORE = re.compile(  # what an equation may not follow: an operator in words, a label, a word number
+    rf"[0-9]\S*\s+(?!and$)[^\W\d]+$|(?<!total )(?<!sum )(?<!cost )(?<!amount )\bof$|\b(?:{_CHANGES}|[b-hj-z]|by|per"
+    r"|over|than|to|from|less|more|(?:an)?other|additional|extra|step|phase|round|method|option|day|week|month|year|part"
+    r"|no|number|question|problem|case|page|grade|room|level|log|ln|sin|cos|tan|sqrt|max|min|gcd|(?:one|two|half) and)s?$",
+    re.I,
 )
-_SIGNS = {" plus ": " + ", " minus ": " - ", " times ": " * ", " divided by ": " / ", " equals ": " = "}
-_TOKEN = re.compile(
-    r"(?P<compound>[0-9]+%?-[A-Za-z]{2,}[A-Za-z-]*)"  # 5-minute
-    r"|(?P<number>(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[1-9][0-9]{0,2}(?:[ \u00a0\u202f][0-9]{3})+|0|[1-9][0-9]*)"
-    r"(?:\.[0-9]+)?(?![0-9:]|,[0-9])|(?<![0-9])\.[0-9]+)"
-    r"|(?P<unread>[0-9][0-9,.:]*[0-9]|[0-9]|√)"  # 007, 16,0000, 7:30
-    r"|(?P<equals>(?<![<>!=])==?(?![>=])|≈|≅)"
-    r"|(?P<times>[*×·∙⋅]|(?<![A-Za-z])[xX](?=\s*[$€£]?\s*[0-9(\[.]|\s+[A-Za-z]{2}))"
-    r"|(?P<operator>[+/÷^−–-])"
-    r"|(?P<open>[(\[])|(?P<close>[)\]])"
-    r"|(?P<percent>%)"
-    r"|(?P<currency>[$€£])"
-    r"|(?P<word>[^\W\d_]+(?:['’&-][^\W\d_]+)*|[°¢])"
-    r"|(?P<stop>\S)"
+_AFTER = re.compile(  # what may not follow it: such a word, "and a half", another quantity, a remainder
+    rf"\s*(?:{_CHANGES})s?\b|\s*[b-fi-kn-rt-z](?:\b| ?[0-9])|\s*and\s+(?:an?\b|one\b|half|\(?[0-9]+ ?/)"
+    r"|\s*[a-z]+\.?,?\s+(?:and\s+)?[0-9.,]+\s*[a-z]"
+    r"|[^.;!?=]*(?:\b(?:remainder|mod|modulo)\b|[0-9]+(?: \w+)? (?:remain|left)|left ?over)",
+    re.I,
 )
-_SAME = {"÷": "/", "−": "-", "–": "-"}
+_CLAUSE = re.compile(r"[.;:!?=]|,\s|\b(?:and|so|then|because|since|which|but)\b")
+_OPERATOR = re.compile(r"[+*⊗^<>\\{}_|√=]|\s/|/\s|\s-\s*[0-9(]|-\s")
+_CLAUSE_START = re.compile(r"[.;:!?=(\"—]\s*|,\s")
+_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
 def equations(text: str) -> list[Equation]:
-    """The equations of a text that can be judged, calculator annotations (`<<48/2=24>>`) left out.
-
-    A right side written with decimals may be rounded or cut: it holds within one unit of its last decimal. A whole
-    number is exact, unless `≈` says that it is not. A percentage may stand for its number or for its hundredth. Only
-    the first `LONGEST` characters are read.
-    """
-    found = []
-    for line in _rewritten(_ANNOTATION.sub("", text[:LONGEST])).split("\n"):
-        if "=" in line or "≈" in line or "≅" in line:
-            found += _of_line(_tokens(line))
-    return found
+    """The equations that are read in the first `LONGEST` characters of a text, annotations left out."""
+    return [equation for equation in _equations(without_annotations(text[:LONGEST])) if equation]
 
 
 def annotations(text: str) -> list[Equation | str]:
-    """The calculator annotations of a text: each as an equation, or as it stands where it cannot be read as one."""
+    """The calculator annotations of a text: each as its equations, or as it stands where it cannot be read."""
     found: list[Equation | str] = []
-    for match in _ANNOTATION.finditer(text[:LONGEST]):
-        read = _of_line(_tokens(match[1]))
-        found += read or [match[1]]
+    for inside in _ANNOTATION.findall(text[:LONGEST]):
+        read = _equations(inside)
+        found += read if read and None not in read else [inside]
     return found
 
 
@@ -93,313 +87,117 @@ def without_annotations(text: str) -> str:
     return _ANNOTATION.sub("", text)
 
 
-def _rewritten(text: str) -> str:
+def coverage(text: str) -> tuple[int, int]:
+    """How many equations of a text without its annotations are (read, unread), by signs `=` and `≈`."""
+    found = _equations(without_annotations(text[:LONGEST]))
+    return len(found) - found.count(None), found.count(None)
+
+
+def _equations(text: str) -> list[Equation | None]:
+    """One per sign, None where it is not read. A chain a = b = c is two."""
     for pattern, plain in _REWRITES:
-        text = pattern.sub(plain, text)
-    return _SPOKEN.sub(lambda match: re.sub("|".join(_SIGNS), lambda sign: _SIGNS[sign[0]], match[0]), text)
-
-
-class _Token(NamedTuple):
-    kind: str  # number, unread, operator, open, close, percent, word, stop, equals
-    text: str
-    start: int
-    end: int
-
-
-# Words that change the value of the number they stand by: what holds them is not judged
-_QUANTITIES = {"half", "halve", "twice", "double", "dozen", "hundred", "thousand", "million", "billion", "pi"}
-_SYMBOLS = set("amgshlL")  # an article, and units, where a space parts them from the number
-# Words that no unit has, and that end a clause
-_CLAUSES = {
-    "because",
-    "so",
-    "is",
-    "are",
-    "was",
-    "were",
-    "since",
-    "thus",
-    "means",
-    "then",
-    "if",
-    "which",
-    "or",
-    "and",
-    "gives",
-}
-
-
-def _tokens(line: str) -> list[_Token]:
-    tokens: list[_Token] = []
-    for match in _TOKEN.finditer(line):
-        kind, text = match.lastgroup, match[0]
-        if kind == "times":
-            kind, text = "operator", "*"
-        elif kind == "operator":
-            text = _SAME.get(text, text)
-        elif kind == "compound":
-            kind = "word"
-        elif kind == "number":
-            text = re.sub(r"[,\s]", "", text)
-        if kind != "currency":
-            tokens.append(_Token(kind, text, match.start(), match.end()))
-    return tokens
-
-
-def _of_line(tokens: list[_Token]) -> list[Equation]:
-    """The equations of a line that can be judged; a chain a = b = c is two."""
-    segments: list[list[_Token]] = [[]]
-    signs = []
-    for token in tokens:
-        if token.kind == "equals":
-            signs.append(token.text)
-            segments.append([])
-        else:
-            segments[-1].append(token)
+        text = re.sub(pattern, plain, text)
     found = []
-    for index, sign in enumerate(signs):
-        left = _left(segments[index])
-        right = _right(segments[index + 1], last=index + 1 == len(signs))
-        if left is None or right is None:
-            continue
-        (left, exact_left), (right, exact_right) = left, right
-        is_amount = len(left) == 1 or (len(left) == 3 and left[1].text == "/" and abs(_value(left) or 0) < 1)
-        if is_amount and not (exact_left and (exact_right or len(left) > 1)):
-            continue  # "1 hour = 60 minutes", "1/2 dollar = 50 cents"
-        found.append(Equation(_written(left), _written(right), _holds(left, right, sign)))
+    for line in text.translate(_PLAIN).split("\n"):
+        parts = _SIGN.split(line)
+        for i in range(1, len(parts), 2):
+            left, right = _left(parts[i - 1], is_first=i == 1), _right(parts[i + 1])
+            holds = None if left is None or right is None else _holds(left, right, parts[i])
+            found.append(None if holds is None else Equation(left, right, holds))
     return found
 
 
-def _left(segment: list[_Token]) -> tuple[list[_Token], bool] | None:
-    """The longest expression that ends the segment, and whether it is all there is; None where there is none, or it is
-    part of something that is no arithmetic."""
-    start = max([i + 1 for i, token in enumerate(segment) if token.kind == "stop"], default=0)
-    phrase = _without_units(segment[max(start, len(segment) - WINDOW) :])
-    for i, token in enumerate(phrase):
-        before = phrase[i - 1] if i else None
-        if before and before.kind != "word":  # it would be cut out of a longer one
-            continue
-        if before and token.kind == "open" and before.end == token.start:  # a function: f(2)
-            continue
-        if _continues(phrase, i):
-            return None
-        if token.text == "-" and not _is_sign(phrase, i):
-            continue
-        if _value(phrase[i:]) is not None:
-            return phrase[i:], len(phrase[i:]) == len(segment)
-    return None
-
-
-def _is_sign(tokens: list[_Token], i: int) -> bool:
-    """Whether the minus at `i` begins a number: it touches what follows it, and not what it follows."""
-    touches_next = i + 1 < len(tokens) and tokens[i].end == tokens[i + 1].start
-    return touches_next and not (i and tokens[i - 1].end == tokens[i].start)
-
-
-def _continues(phrase: list[_Token], i: int) -> bool:
-    """Whether the words before token `i` stand after an operator: "x - 5", "3 + another 5"."""
-    while i and phrase[i - 1].kind == "word":
-        i -= 1
-    return i > 0 and phrase[i - 1].kind == "operator"
-
-
-def _right(segment: list[_Token], last: bool) -> tuple[list[_Token], bool] | None:
-    """The longest expression that begins the segment, and whether it is all there is: up to the first words, or in
-    the middle of a chain all of the segment if that can be."""
-    end = next((i for i, token in enumerate(segment) if token.kind == "stop"), len(segment))
-    phrase = segment[: min(end, WINDOW)]
-    if not last and end == len(segment):
-        whole = _without_units(phrase)
-        if _value(whole) is not None:
-            return whole, len(whole) == len(segment)
-    words = next((i for i, token in enumerate(phrase) if token.kind in ("word", "unread")), len(phrase))
-    if words < len(phrase) and _is_variable(phrase, words, unit=words > 0 and phrase[words - 1].text == "/"):
+def _left(segment: str, is_first: bool) -> str | None:
+    """The expression that ends the segment; None where there is none, or the text before may be a part of it."""
+    before = segment.rstrip(_RUN + "⊗")
+    run = segment[len(before) :]
+    *cut, expression = re.split(r"[.,](?=\s)|(?<=\D)\.(?=\D)", run)  # a sentence or a list ends
+    gap = bool(cut) or expression[:1].isspace() or not before
+    expression = expression.strip().replace("⊗", "*")
+    while expression.startswith("(") and expression.count("(") > expression.count(")"):
+        before, expression, gap = before + "(", expression[1:].strip(), True
+    is_alone = not re.search(r"[0-9)%]\s*[-+*/^(]", expression)
+    if (is_alone and (is_first or cut or before.strip())) or (cut and re.search(r"[-+*/^(]\s*$", cut[-1])):
+        return None  # a number alone is read in the middle of a chain
+    clause = "" if cut else _CLAUSE_START.split(before[-300:])[-1].rstrip()
+    if re.match(r"[+*/^)]|-\s", expression) or (clause and expression.startswith("-")):
         return None
-    after = next((i for i in range(words, len(phrase)) if phrase[i].kind != "word"), None)
-    if words and after and after > words and phrase[after].text in ("*", "/", "+", "^") and not _is_per(phrase, after):
-        return None  # "8 bags * Y"
-    if words and phrase[words - 1].kind == "operator":  # "12 / total" is no arithmetic; "12 - he" is, and a dash
-        if not _is_per(phrase, words - 1) and (words == len(phrase) or phrase[words - 1].text != "-"):
+    is_label = re.search(r"\b[A-Z]\w*$", clause) and re.match(r"[0-9]+\s*-", expression)  # "Lot 1 - 5 + 3"
+    is_label = is_label or (clause.endswith(" and") and re.match(r"[0-9]+ ?/", expression))  # "1 and 1/4 * 4"
+    if clause and (
+        not gap or not clause[-1].isalpha() or is_label or _BEFORE.search(clause) or _OPERATOR.search(clause)
+    ):
+        return None
+    touches = not clause and not gap
+    return None if touches and (before[-1] not in ":;(" or before[-2:-1].isdigit()) else expression
+
+
+def _right(segment: str) -> str | None:
+    """The expression that begins the segment; None where there is none, or what follows may change it."""
+    run = segment[: len(segment) - len(segment.lstrip(_RUN))]
+    end = re.search(r"[.,](?=\s|$)|(?<=[0-9%)])\s+\(|$", run).start()
+    expression, after = run[:end].strip(), segment[end : end + 300]
+    if end == len(run) and after and not run[-1:].isspace():  # what touches it
+        if expression.endswith("/") and after[0].isalpha():  # "$3/apple"
+            expression = expression[:-1]
+        elif after[0] not in ".,;:?)\"'—" or after[1:2].isdigit():
             return None
-        words -= 1
-    for i in range(words, 0, -1):
-        if _value(phrase[:i]) is not None:
-            return (phrase[:i], i == end) if i == words or phrase[i].kind == "open" else None
-    return None
+    while expression.endswith(")") and expression.count(")") > expression.count("("):
+        expression = expression[:-1].strip()
+    return None if _AFTER.match(after) or _OPERATOR.search(_CLAUSE.split(after, maxsplit=1)[0]) else expression
 
 
-def _is_per(tokens: list[_Token], i: int) -> bool:
-    """Whether a unit is what the division sign at `i` divides by: "$3/apple"."""
-    after = tokens[i + 1 : i + 2]
-    return tokens[i].text == "/" and bool(after) and after[0].kind == "word" and not _is_variable(tokens, i + 1, True)
-
-
-def _is_variable(tokens: list[_Token], i: int, unit: bool = False) -> bool:
-    """Whether the word is a quantity or a part of one: "5x", "3 million"; what stands where a `unit` must is a unit."""
-    word = tokens[i].text
-    if len(word) > 1:
-        return word.lower().rstrip("s") in _QUANTITIES
-    is_attached = not unit and i > 0 and tokens[i - 1].end == tokens[i].start
-    return word.isalpha() and (is_attached or word not in _SYMBOLS)
-
-
-def _belong(words: set[str]) -> bool:
-    return not words & _CLAUSES and all(word.islower() or word.endswith(("'s", "’s")) for word in words)
-
-
-def _without_units(tokens: list[_Token]) -> list[_Token]:
-    """The tokens without words that say what a number counts: those between it and an operator, a bracket or the end.
-
-    "20% of 50" and "1/2 of 50" are products.
-    """
-    kept: list[_Token] = []
-    i = 0
-    while i < len(tokens):
-        token = tokens[i]
-        if _is_per(tokens, i):
-            i += 2
-            continue
-        if token.kind != "word":
-            kept.append(token)
-            i += 1
-            continue
-        end = i
-        while end < len(tokens) and tokens[end].kind == "word" and not _is_variable(tokens, end):
-            end += 1
-        words = {word.text for word in tokens[i:end]}
-        after = tokens[end] if end < len(tokens) else None
-        is_share = kept and (kept[-1].kind in ("percent", "close") or [t.text for t in kept[-2:-1]] == ["/"])
-        if end == i:  # a variable
-            kept.append(token)
-            i += 1
-        elif is_share and words == {"of"} and after and after.kind in ("number", "open"):
-            kept.append(token._replace(kind="operator", text="*"))
-            i = end
-        elif (
-            kept
-            and kept[-1].kind in ("number", "percent", "close")
-            and not words & _CLAUSES
-            and (after is None or after.kind in ("operator", "close"))
-        ):
-            i = end
-        elif kept and kept[-1].kind == "operator" and after and after.kind == "number" and _belong(words):
-            i = end  # "5 + another 3", not "day 1 + Day 2"
-        else:
-            kept += tokens[i:end]
-            i = end
-    return kept
-
-
-def _written(tokens: list[_Token]) -> str:
-    return " ".join(token.text for token in tokens)
-
-
-def _holds(left: list[_Token], right: list[_Token], sign: str) -> bool:
-    decimals = max(len(token.text.partition(".")[2]) for token in right if token.kind == "number")
-    unit = Fraction(1, 10**decimals) if decimals or sign in "≈≅" else Fraction(0)
-    in_percent = right[-1].kind == "percent"
+def _holds(left: str, right: str, sign: str) -> bool | None:
+    """Whether the equation holds; None where a side is no expression, or a percent sign is missing from one side."""
+    decimals = min(9, max((len(part) for part in re.findall(r"\.([0-9]+)", right)), default=0))
     for percent in (Fraction(1, 100), Fraction(1)):
-        for percent_right in (Fraction(1, 100), Fraction(1)):
-            a, b = _value(left, percent), _value(right, percent_right)
-            within = unit * percent_right if in_percent else unit
-            if a is not None and b is not None and (abs(a - b) < max(within, abs(b) * FLOAT) or a == b):
-                return True
+        a, b = _value(left, percent), _value(right, percent)
+        if a is None or b is None:
+            return None
+        last = Fraction(1, 10**decimals) * (percent if right.endswith("%") else 1)  # a unit of the last decimal
+        is_close = a * b >= 0 and -last / 2 <= abs(a) - abs(b) < last
+        if a == b or (is_close and (decimals or sign == "≈")):
+            return True if percent != 1 else None
+        if ("%" in left) == ("%" in right):
+            break
     return False
 
 
-def _value(tokens: list[_Token], percent: Fraction = Fraction(1, 100)) -> Fraction | None:
-    """The value of an expression, or None where it is not one, or divides by zero, or is too large."""
-    if not tokens or len(tokens) > WINDOW:
+def _value(expression: str, percent: Fraction) -> Fraction | None:
+    """The value of an expression, or None where it is not one, divides by zero, or is too large."""
+    if len(expression) > LARGEST or not _EXPRESSION.fullmatch(expression):
         return None
+    numbers: list[Fraction] = []
+
+    def name(match: re.Match) -> str:
+        value = Fraction(match[0].rstrip("% ").replace(",", ""))
+        numbers.append(value * percent if match[0].endswith("%") else value)
+        return f" n{len(numbers) - 1} "
+
+    text = re.sub(r"(?<![0-9.,/])([0-9]+) ([0-9]+/[0-9]+)(?![0-9.,])", r"(\1+\2)", expression)  # 2 1/2
+    text = re.sub(r"/\s+([0-9]+/[0-9]+)(?![0-9.,/])", r"/ (\1)", text)  # 60 / 3/4
+    text = re.sub(rf"{_NUMBER}(?: ?%)?", name, re.sub(r"(?<=[0-9%)])\(", "*(", text)).replace("^", "**")
     try:
-        value, end = _sum(tokens, 0, percent, 0)
-    except (_Unreadable, ZeroDivisionError):
+        return _evaluate(ast.parse(text.strip(), mode="eval").body, numbers)
+    except (SyntaxError, ValueError, KeyError, ZeroDivisionError, RecursionError, MemoryError):
         return None
-    return value if end == len(tokens) else None
 
 
-class _Unreadable(Exception):
-    """The tokens are no arithmetic expression, or not one to compute."""
-
-
-def _is(tokens: list[_Token], i: int, *texts: str) -> bool:
-    return i < len(tokens) and tokens[i].text in texts
-
-
-def _checked(value: Fraction) -> Fraction:
-    if max(abs(value.numerator), value.denominator) > LARGEST:
-        raise _Unreadable
-    return value
-
-
-def _sum(tokens: list[_Token], i: int, percent: Fraction, depth: int) -> tuple[Fraction, int]:
-    """sum := product (("+" | "-") product)*; returns its value and where it ends, as all of these do."""
-    value, i = _product(tokens, i, percent, depth)
-    while _is(tokens, i, "+", "-"):
-        other, end = _product(tokens, i + 1, percent, depth)
-        value, i = _checked(value + other if tokens[i].text == "+" else value - other), end
-    return value, i
-
-
-def _product(tokens: list[_Token], i: int, percent: Fraction, depth: int) -> tuple[Fraction, int]:
-    """product := power (("*" | "/") power | "(" sum ")")*"""
-    value, i = _power(tokens, i, percent, depth)
-    while _is(tokens, i, "*", "/", "(", "["):
-        by = tokens[i].text
-        other, end = _power(tokens, i + (by in "*/"), percent, depth)
-        if by == "/" and _is_tight_fraction(tokens, i):  # "60 / 3/4"
-            under, end = _power(tokens, end + 1, percent, depth)
-            other = other / under
-        value, i = _checked(value / other if by == "/" else value * other), end
-    return value, i
-
-
-def _is_tight_fraction(tokens: list[_Token], i: int) -> bool:
-    """Whether the division sign at `i` has a space after it, and what follows is a fraction without any."""
-    over = tokens[i + 1 : i + 4]
-    return (
-        [token.kind for token in over] == ["number", "operator", "number"]
-        and over[1].text == "/"
-        and tokens[i].end < over[0].start
-        and over[0].end == over[1].start
-        and over[1].end == over[2].start
-    )
-
-
-def _power(tokens: list[_Token], i: int, percent: Fraction, depth: int) -> tuple[Fraction, int]:
-    """power := operand ["^" operand]"""
-    value, i = _operand(tokens, i, percent, depth)
-    if _is(tokens, i, "^"):
-        exponent, i = _operand(tokens, i + 1, percent, depth)
-        if exponent.denominator != 1 or abs(exponent) > 60:
-            raise _Unreadable
-        value = _checked(value**exponent.numerator)
-    return value, i
-
-
-def _operand(tokens: list[_Token], i: int, percent: Fraction, depth: int) -> tuple[Fraction, int]:
-    """operand := "-" operand | "(" sum ")" | number, each with "%" or not; "2 1/2" is a number"""
-    if i >= len(tokens) or depth > DEPTH:
-        raise _Unreadable
-    token = tokens[i]
-    if token.text == "-":
-        value, i = _operand(tokens, i + 1, percent, depth + 1)
-        return -value, i
-    if token.kind == "open":
-        value, i = _sum(tokens, i + 1, percent, depth + 1)
-        if i >= len(tokens) or tokens[i].kind != "close":
-            raise _Unreadable
-    elif token.kind == "number":
-        if len(token.text) > 30:
-            raise _Unreadable
-        value = Fraction(token.text)
-        mixed = tokens[i + 1 : i + 4]
-        if [t.kind for t in mixed] == ["number", "operator", "number"] and mixed[1].text == "/":
-            value += Fraction(mixed[0].text) / Fraction(mixed[2].text)
-            i += 3
+def _evaluate(node: ast.expr, numbers: list[Fraction]) -> Fraction:
+    """The value of a parsed expression. Raises where it is anything but arithmetic of bounded size."""
+    if isinstance(node, ast.Name):
+        return numbers[int(node.id[1:])]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_evaluate(node.operand, numbers)
+    if not isinstance(node, ast.BinOp):
+        raise ValueError("no arithmetic")
+    a, b = _evaluate(node.left, numbers), _evaluate(node.right, numbers)
+    if not isinstance(node.op, ast.Pow):
+        value = _OPERATORS[type(node.op)](a, b)
+    elif b.denominator == 1 and abs(b) <= 60:
+        value = a ** int(b)
     else:
-        raise _Unreadable
-    i += 1
-    if _is(tokens, i, "%"):
-        return value * percent, i + 1
-    return value, i
+        raise ValueError("not a power to compute")
+    if max(value.numerator.bit_length(), value.denominator.bit_length()) > LARGEST:
+        raise ValueError("too large")
+    return value
