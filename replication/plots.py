@@ -6,6 +6,7 @@ method that knows the budget has dashed lines, so that curves that coincide stay
 out. Bars are 95 % intervals; those of differences hold for all runs of a figure at once.
 """
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -21,24 +22,23 @@ from replication.experiments import EXPERIMENTS, PARAMS, Row, gather, rows
 from replication.tables import BUDGET_FREE, by_name
 
 PALETTE = sns.color_palette("colorblind")
-STYLES = {  # colour and marker of a method
-    "sft": (PALETTE[7], "s"),
-    "grpo": (PALETTE[1], "X"),
-    "gkd": (PALETTE[2], "P"),
-    "gkd-grpo": (PALETTE[0], "o"),
-    "cmdp": (PALETTE[3], "D"),
-    "cmdp-overshoot": (PALETTE[4], "p"),
-    "cmdp-hinge": (PALETTE[5], "h"),
-    "cmdp-adaptive": ((0.35, 0.05, 0.25), "H"),
-    "saute-constant": (PALETTE[6], "d"),
-    "worst-case": ((0.65, 0.6, 0.0), (6, 1, 0)),
-    "dual": (PALETTE[9], "<"),
-    "minillm": ((0.0, 0.3, 0.25), ">"),
-    "kdrl": ((0.15, 0.2, 0.55), "8"),
-    "trl-grpo": ((0.6, 0.35, 0.0), (4, 1, 45)),
-    "trl-gkd": ((0.3, 0.75, 0.5), (4, 1, 0)),
+STYLES = {  # colour and marker of each run of a method, in the order of experiments.yaml
+    "sft": [(PALETTE[7], "s")],
+    "grpo": [(PALETTE[1], "X"), ((0.52, 0.34, 0.01), "v")],
+    "gkd": [(PALETTE[2], "P")],
+    "gkd-grpo": [((0.4, 0.67, 0.82), "v"), (PALETTE[0], "o"), ((0.0, 0.27, 0.42), "^")],
+    "cmdp": [(PALETTE[3], "D")],
+    "cmdp-overshoot": [(PALETTE[4], "p")],
+    "cmdp-hinge": [(PALETTE[5], "h")],
+    "cmdp-adaptive": [((0.35, 0.05, 0.25), "H")],
+    "saute-constant": [(PALETTE[6], "d")],
+    "worst-case": [((0.65, 0.6, 0.0), (6, 1, 0))],
+    "dual": [(PALETTE[9], "<")],
+    "minillm": [((0.0, 0.3, 0.25), ">")],
+    "kdrl": [((0.15, 0.2, 0.55), "8")],
+    "trl-grpo": [((0.6, 0.35, 0.0), (4, 1, 45))],
+    "trl-gkd": [((0.3, 0.75, 0.5), (4, 1, 0))],
 }
-VARIANTS = ("v", "o", "^")  # markers of several runs of a method
 OUTLINED = ("trl-grpo", "trl-gkd")  # drawn as outlines: trl-grpo coincides with grpo
 LABELS = {"accuracy": "accuracy, sampled (%)", "csr": "CSR (%)"}
 SHORT = {"accuracy": "accuracy", "csr": "CSR", "accuracy_within": "accuracy within budget", "validity": "validity"}
@@ -64,31 +64,27 @@ Looks = dict[str, Look]  # by run, in the order in which runs are listed
 def looks(table: dict[str, Row]) -> Looks:
     """How each run is drawn: by its method; a run at other settings or of another start as the run it is tuned as."""
     runs, found = by_name(table), {}
-    for method, (colour, marker) in STYLES.items():
-        students = {name: row for name, row in runs.items() if row.family == "method" and row.start != "teacher"}
+    students = {name: row for name, row in runs.items() if row.family == "method" and row.start != "teacher"}
+    for method, variants in STYLES.items():
         own = [name for name, row in students.items() if row.method == method]
-        shades, markers = [colour], VARIANTS if len(own) == len(VARIANTS) else (marker, *VARIANTS)
-        if len(own) > 1:
-            light, dark = (tuple(0.6 * part + 0.4 * grey for part in colour) for grey in (1, 0))
-            shades = sns.blend_palette([light, colour, dark][-len(own) :], len(own))
         line = "-" if method in BUDGET_FREE else "--"
-        drawn = zip(own, shades, markers, strict=False)
-        found |= {name: Look(shade, mark, line, method) for name, shade, mark in drawn}
+        drawn = zip(own, itertools.cycle(variants), strict=False)
+        found |= {name: Look(*variant, line, method) for name, variant in drawn}
     found |= {name: Look((0.0, 0.0, 0.0), "*", "-", "sft") for name, row in runs.items() if row.start == "teacher"}
     return found | {name: found[row.tuned] for name, row in runs.items() if row.tuned in found and name not in found}
 
 
 def draw_default(results: Path, folder: Path) -> None:
     """Draw the figures of the default experiment into `folder`, which is replaced as a whole."""
-    runs, budget = rows(part="default"), read_yaml(PARAMS)["budget"]["budget"]
-    style, summary = looks(rows()), pd.read_csv(results / "summary.csv")
-    completions = gather("completions", runs, results / "runs")
+    style, budget = looks(rows()), read_yaml(PARAMS)["budget"]["budget"]
+    summary, positions, curves = (pd.read_csv(results / f"{name}.csv") for name in ("summary", "positions", "curves"))
+    completions = gather("completions", rows(part="default"), results / "runs")
     sampled = completions[(completions["split"] == "test") & (completions["decoding"] == "sampled")]
     figures = {
         "frontier": lambda: trade_off(summary, style, budget),
-        "cost_by_position": lambda: cost_by_position(pd.read_csv(results / "positions.csv"), style, budget),
+        "cost_by_position": lambda: cost_by_position(positions, style, budget),
         "cost_distribution": lambda: cost_distribution(sampled, style, budget),
-        "training": lambda: training(pd.read_csv(results / "curves.csv"), style),
+        "training": lambda: training(curves, style),
     }
     _draw(figures, folder)
 
@@ -99,11 +95,10 @@ def draw_study(results: Path, folder: Path) -> None:
     Raises:
         FileNotFoundError: a table is not in `results`/study.
     """
-    style, target, tables = looks(rows()), read_yaml(EXPERIMENTS)["claims"]["target"], {}
-    soft = read_yaml(results / "chosen.yaml")["best"]["soft"]
-    for name in ("ablations", "frontier", "paired", "strength", "summary", "violation"):  # before any is drawn
-        path = results / "study" / f"{name}.csv"
-        if not path.is_file():
+    style, target = looks(rows()), read_yaml(EXPERIMENTS)["claims"]["target"]
+    soft, tables = read_yaml(results / "chosen.yaml")["best"]["soft"], {}
+    for name in ("ablations", "frontier", "paired", "strength", "summary", "violation"):
+        if not (path := results / "study" / f"{name}.csv").is_file():
             raise FileNotFoundError(f"{path} is missing: `make study` writes the study's tables.")
         tables[name] = pd.read_csv(path)
     figures = {
@@ -197,12 +192,10 @@ def training(curves: pd.DataFrame, style: Looks) -> plt.Figure:
             every = (place * len(smooth) // (5 * len(runs)), max(1, len(smooth) // 5))  # no marker upon another
             marks = {"marker": marker, "markevery": every, "markeredgecolor": "white", "markeredgewidth": 0.5}
             axes.plot(smooth, color=colour, linestyle=line, linewidth=1.3, markersize=5.5, label=run, **marks)
-        axes.set_title(title, loc="left", fontsize="medium")
+        _panel(axes, title)
         if column == "cost/mean":
             axes.set_yscale("log")
             _logarithmic(axes.yaxis)
-        else:
-            _percent(axes.yaxis)
     _titles(figure, "What training does (dashed: methods that know the budget)", "step")
     _legend(figure, panels, style)
     return figure
@@ -236,21 +229,19 @@ def frontier(table: pd.DataFrame, style: Looks, target: float) -> plt.Figure:
         part = table[table["budget"] == budget].set_index("method")
         runs = _ordered(style, part.index)
         soft = [run for run in runs if style[run].method == "gkd-grpo"]
-        axes.plot(*part.loc[soft, ["csr", "accuracy"]].T.to_numpy(), color=STYLES["gkd-grpo"][0], linewidth=1.2)
+        axes.plot(*part.loc[soft, ["csr", "accuracy"]].T.to_numpy(), color=PALETTE[0], linewidth=1.2)
         for run in runs:
             row = part.loc[run]
             ring = {} if np.isnan(row["trained_at"]) else {"markeredgecolor": "black", "markeredgewidth": 1.2}
             ends = ([name, f"{name}_low", f"{name}_high"] for name in ("csr", "accuracy"))
             (x, xerr), (y, yerr) = (_bars(row[names]) for names in ends)
             _point(axes, run, style[run], x, y, xerr=xerr, yerr=yerr, zorder=4 if ring else 3, **ring)
-        axes.axvline(target, color="black", linestyle="--", linewidth=1, zorder=1)
-        axes.set_title(f"budget: {budget:g} {'nat' if budget == 1 else 'nats'}", loc="left", fontsize="medium")
+        axes.axvline(target, color="black", linestyle="--", linewidth=1, zorder=1, label=f"CSR of {target:.0%}")
+        _panel(axes, f"budget: {budget:g} {'nat' if budget == 1 else 'nats'}")
         axes.set(xlabel=LABELS["csr"], ylabel=LABELS["accuracy"] if axes in panels[::columns] else "")
-        _percent(axes.xaxis, axes.yaxis)
-    _titles(figure, "Does a budget raise the CSR, and what does it cost in accuracy?")
-    rim = plt.Line2D([], [], marker="o", linestyle="", color="white", markeredgecolor="black", markeredgewidth=1.2)
-    dashes = plt.Line2D([], [], color="black", linestyle="--", linewidth=1)
-    _legend(figure, panels, style, ([rim, dashes], ["trained for it", f"CSR of {target:.0%}"]))
+        _percent(axes.xaxis)
+    _titles(figure, "Does a budget raise the CSR, and what does it cost in accuracy? (black edge: trained for it)")
+    _legend(figure, panels, style)
     return figure
 
 
@@ -269,29 +260,24 @@ def sensitivity(table: pd.DataFrame) -> plt.Figure:
     strengths = table.groupby("method")["lam"].nunique()
     methods = [method for method in STYLES if strengths.get(method, 0) > 1]  # one strength has no range
     figure, panels = _panels(len(methods) or 1, len(methods) or 1, (8.4, 3.2), sharey=True)
-    dashes = {"csr": "--", "accuracy": ":"}
     for axes, method in zip(panels, methods, strict=False):
-        look = Look(*STYLES[method], "-", method)
+        colour, marker = STYLES[method][len(STYLES[method]) // 2]
         part = table[table["method"] == method].sort_values("lam").set_index("measure")
-        for measure, dash in dashes.items():
-            axes.plot(*part.loc[measure, ["lam", "mean"]].T.to_numpy(), linestyle=dash, color=GREY, linewidth=1.2)
+        for measure, dash in (("csr", "--"), ("accuracy", ":")):
+            x, y = part.loc[measure, ["lam", "mean"]].T.to_numpy()
+            axes.plot(x, y, linestyle=dash, color=GREY, linewidth=1.2, label=SHORT[measure])
         within = part.loc["accuracy_within"]
-        axes.plot(within["lam"], within["mean"], color=look.colour, linewidth=1.8)
+        axes.plot(within["lam"], within["mean"], color=colour, linewidth=1.8, label=SHORT["accuracy_within"])
         for _, row in within.iterrows():
-            y, yerr = _bars(row[ENDS])
-            edge = "black" if row["near_best"] else "white"
-            _point(axes, method, look, row["lam"], y, yerr=yerr, markeredgecolor=edge, markeredgewidth=1.3)
+            edge, (y, yerr) = "black" if row["near_best"] else "white", _bars(row[ENDS])
+            look = Look(colour, marker, "-", method)
+            _point(axes, None, look, row["lam"], y, yerr=yerr, markeredgecolor=edge, markeredgewidth=1.3)
         axes.set(xscale="log", xlabel="λ", ylabel="%" if axes is panels[0] else "")
         axes.set_xticks(within["lam"], [f"{lam:g}" for lam in within["lam"]])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_title(method, loc="left", fontsize="medium")
-        _percent(axes.yaxis)
-    solid = plt.Line2D([], [], color=GREY, marker="o", linewidth=1.8, markeredgecolor="white")
-    edged = plt.Line2D([], [], color="white", marker="o", markeredgecolor="black", markeredgewidth=1.3, linestyle="")
-    lines = [plt.Line2D([], [], linestyle=dash, color=GREY, linewidth=1.2) for dash in dashes.values()]
-    labels = [SHORT["accuracy_within"], *map(SHORT.get, dashes), "within 5 % of the method's best"]
-    _titles(figure, "Over what range does λ work?")
-    figure.legend([solid, *lines, edged], labels, loc="outside lower center", ncols=4, frameon=False)
+        _panel(axes, method)
+    _titles(figure, "Over what range does λ work? (black edge: within 5 % of the method's best accuracy within budget)")
+    _legend(figure, panels[:1], {})
     return figure
 
 
@@ -330,8 +316,7 @@ def capacity(table: pd.DataFrame, style: Looks) -> plt.Figure:
         axes.set_xscale("log")
         axes.set_xticks(list(CAPACITIES.values()), [f"{share:g}" for share in CAPACITIES.values()])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_title(LABELS[measure], loc="left", fontsize="medium")
-        _percent(axes.yaxis)
+        _panel(axes, LABELS[measure])
     question = "Does a wider gap to the teacher change which method does best? (dashed: knows the budget)"
     _titles(figure, question, "student's parameters, as a share of the teacher's")
     _legend(figure, panels, style)
@@ -360,14 +345,13 @@ def violation(table: pd.DataFrame, style: Looks, traced: list[str]) -> plt.Figur
                 options = {"linestyle": style[run].line, "markersize": 5, "linewidth": 1}
                 _point(axes, run, style[run], at, part[column], **options)
             else:
-                axes.plot(at, part[column], color="0.75", linewidth=0.8, zorder=1)
+                axes.plot(at, part[column], color="0.75", linewidth=0.8, zorder=1, label="other methods")
         axes.axvline((bins["low"] < 1).sum() - 0.5, color="black", linestyle="--", linewidth=1)
         axes.set_xticks(list(position.values()), list(position), rotation=45, ha="right", rotation_mode="anchor")
-        axes.set_title(title, loc="left", fontsize="medium")
-        _percent(axes.yaxis)
+        _panel(axes, title)
     below = "what a completion spent, as a multiple of the budget; dashed: all of it"
     _titles(figure, "What breaks when the budget is exceeded?", below)
-    _legend(figure, panels, style, ([plt.Line2D([], [], color="0.75", linewidth=0.8)], ["other methods"]))
+    _legend(figure, panels, style)
     return figure
 
 
@@ -391,8 +375,7 @@ def drift(table: pd.DataFrame, style: Looks) -> plt.Figure:
             small = {"markersize": 4.5, "alpha": 0.45, "label": None}
             options = {"yerr": yerr, "zorder": 3} if families[run] == "method" else small
             _point(axes, run, style[run], cost, y, **options)
-        axes.set_title(title, loc="left", fontsize="medium")
-        _percent(axes.yaxis)
+        _panel(axes, title)
     for axes in panels[-2:]:
         axes.set_xlabel("cost (nats)")
     _titles(figure, "What goes with drift from the teacher? (small: methods at other settings)")
@@ -423,7 +406,7 @@ def _bars(ends) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.clip([mean - low, high - mean], 0, None).reshape(2, -1)
 
 
-def _point(axes: plt.Axes, run: str, look: Look, x, y, **options):
+def _point(axes: plt.Axes, run: str | None, look: Look, x, y, **options):
     """Points of a run in its colour and marker, with what bars there are."""
     usual = {"markersize": 7, "markeredgecolor": "white", "markeredgewidth": 0.6, "elinewidth": 0.9, "linestyle": ""}
     if look.method in OUTLINED:
@@ -439,6 +422,11 @@ def _titles(figure: plt.Figure, question: str, below: str = "") -> None:
     figure.suptitle(question, x=0.01, ha="left", fontweight="bold", fontsize="medium")
     figure.supxlabel(below, fontsize="medium")
     figure.get_layout_engine().set(h_pad=0.07)
+
+
+def _panel(axes: plt.Axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize="medium")
+    _percent(axes.yaxis)
 
 
 def _percent(*axes) -> None:
@@ -474,13 +462,9 @@ def _forest(table: pd.DataFrame, style: Looks, runs: list[str], labels: list[str
     return figure
 
 
-def _legend(figure: plt.Figure, panels: list, style: Looks, extra: tuple[list, list] = ([], [])) -> None:
+def _legend(figure: plt.Figure, panels: list, style: Looks) -> None:
     """One legend for all panels, of every run any of them shows: at the right, or below where it is long."""
-    found = {}
-    for axes in panels:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
+    found = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     names = [*_ordered(style, found), *(name for name in found if name not in style)]
-    handles = [found[name] for name in names]
     place = {"loc": "outside right center"} if len(names) < 11 else {"loc": "outside lower center", "ncols": 5}
-    figure.legend([*handles, *extra[0]], [*names, *extra[1]], frameon=False, **place)
+    figure.legend([found[name] for name in names], names, frameon=False, **place)

@@ -99,7 +99,7 @@ def test_a_run_looks_like_its_method_and_runs_of_one_method_are_told_apart():
         assert len({look[place] for look in looks.values()}) >= len(looks) - 1
     assert len(set(looks.values())) == len(looks)
     assert {STYLE[f"gkd-grpo-{name}"].method for name in ("weak", "medium", "strong")} == {"gkd-grpo"}
-    assert looks["grpo"][0] == tuple(np.round(plots.STYLES["grpo"][0], 3))
+    assert looks["grpo"][0] == tuple(np.round(plots.STYLES["grpo"][0][0], 3))
     assert STYLE["cmdp-k3"] == STYLE["cmdp"]  # at another setting
     assert STYLE["gkd-grpo-half"] == STYLE[SOFT]  # the run that it is tuned as
     assert {name for name in METHODS if STYLE[name].line == "--"} == set(AWARE)
@@ -109,7 +109,7 @@ def test_a_name_that_begins_like_a_method_is_drawn_by_its_row():
     from made_up import row
 
     found = plots.looks({"grpo-in-name": row("grpo-in-name", method="cmdp")})
-    assert found["grpo-in-name"].colour == plots.STYLES["cmdp"][0]
+    assert found["grpo-in-name"].colour == plots.STYLES["cmdp"][0][0]
 
 
 def test_ticks_say_where_they_stand():
