@@ -51,9 +51,10 @@ _NUMBER = r"(?<![0-9.,])(?:(?:0|[1-9][0-9]{0,2}(?:,[0-9]{3})+|[1-9][0-9]*)(?:\.[
 _EXPRESSION = re.compile(rf"(?:{_NUMBER} ?%?|[-+*/^()\s])+")
 _CHANGES = rf"{NUMBER_WORDS}|per ?cent|cents?|¢|point|am|pm|a\.m|p\.m|o'clock"
 _BEFORE = re.compile(  # what an equation may not follow: an operator in words, a label, a word number
-    rf"[0-9]\S*\s+(?!and$)[^\W\d]+$|(?<!total )(?<!sum )(?<!cost )(?<!amount )\bof$|\b(?:{_CHANGES}|[b-hj-z]|by|per"
-    r"|over|than|to|from|less|more|(?:an)?other|additional|extra|step|phase|round|method|option|day|week|month|year|part"
-    r"|no|number|question|problem|case|page|grade|room|level|log|ln|sin|cos|tan|sqrt|max|min|gcd|(?:one|two|half) and)s?$",
+    rf"[0-9]\S*\s+(?!and$)[^\W\d]+$|(?<!total )(?<!sum )(?<!cost )(?<!amount )\bof$|(?<![\w'’])(?:{_CHANGES}"
+    r"|[b-hj-z]|by|per|over|than|to|from|less|more|(?:an)?other|additional|extra|step|phase|round|method|option|day|week|month"
+    r"|year|part|no|number|question|problem|case|page|grade|room|level|log|ln|sin|cos|tan|sqrt|max|min|gcd"
+    r"|(?:one|two|half) and)s?$",
     re.I,
 )
 _AFTER = re.compile(  # what may not follow it: such a word, "and a half", another quantity, a remainder
@@ -149,14 +150,15 @@ def _right(segment: str) -> str | None:
 
 def _holds(left: str, right: str, sign: str) -> bool | None:
     """Whether the equation holds; None where a side is no expression, or a percent sign is missing from one side."""
-    decimals = min(9, max((len(part) for part in re.findall(r"\.([0-9]+)", right)), default=0))
+    decimals = max((len(part) for part in re.findall(r"\.([0-9]+)", right)), default=0)
+    error = Fraction(1, 10**9) if re.search(r"\.[0-9]{10}", left + right) else 0  # relative, of a program's numbers
     for percent in (Fraction(1, 100), Fraction(1)):
         a, b = _value(left, percent), _value(right, percent)
         if a is None or b is None:
             return None
         last = Fraction(1, 10**decimals) * (percent if right.endswith("%") else 1)  # a unit of the last decimal
         is_close = a * b >= 0 and -last / 2 <= abs(a) - abs(b) < last
-        if a == b or (is_close and (decimals or sign == "≈")):
+        if abs(a - b) <= error * abs(b) or (is_close and (decimals or sign == "≈")):
             return True if percent != 1 else None
         if ("%" in left) == ("%" in right):
             break

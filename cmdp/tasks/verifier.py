@@ -20,9 +20,9 @@ SECONDS = 1  # of processor time per comparison
 MEMORY = 2 * 2**30  # bytes of address space
 ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH")  # all variables that the process sees
 
-_COMMANDS = """frac sqrt pi infty cdot times div pm mp le leq ge geq ne neq lt gt in cup cap setminus emptyset sin cos
-    tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp binom langle rangle lfloor rfloor lceil rceil alpha
-    beta gamma delta epsilon theta lambda mu nu xi rho sigma tau phi varphi chi psi omega varnothing"""
+_COMMANDS = """frac sqrt pi infty cdot times div pm mp le leq ge geq ne neq lt gt in cup cap setminus emptyset sin
+    cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp binom langle rangle lfloor rfloor lceil rceil
+    alpha beta gamma delta epsilon theta lambda mu nu xi rho sigma tau phi varphi chi psi omega varnothing"""
 _READABLE = re.compile(
     rf"(?:\\(?:{'|'.join(_COMMANDS.split())})(?![A-Za-z])|\\(?:begin|end)\{{[pbvB]?matrix\}}|\\[\\{{}}]"
     r"|[0-9 +\-*/^_(){}\[\]|.,=<>!&]|(?<![A-Za-z])[A-Za-z]{1,3}(?![A-Za-z]))+"
