@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib import pyplot as plt
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
 from cmdp.storage import read_yaml, whole
 from replication.experiments import EXPERIMENTS, PARAMS, Row, gather, rows
@@ -140,9 +140,7 @@ def trade_off(summary: pd.DataFrame, style: Looks, budget: float) -> plt.Figure:
         _point(axes, run, style[run], x, y, xerr=xerr, yerr=yerr)
     axes.set(xlabel=f"CSR at a budget of {budget:g} nats (%)", ylabel=LABELS["accuracy"])
     _percent(axes.xaxis, axes.yaxis)
-    _titles(figure, "Upper right is better: accurate, and within the budget")
-    _legend(figure, [axes], style)
-    return figure
+    return _finished(figure, "Upper right is better: accurate, and within the budget", panels=[axes], style=style)
 
 
 def cost_by_position(positions: pd.DataFrame, style: Looks, budget: float) -> plt.Figure:
@@ -160,8 +158,7 @@ def cost_by_position(positions: pd.DataFrame, style: Looks, budget: float) -> pl
         axes.set_title(run, fontsize="medium")
     figure.supylabel("cumulative cost (nats)", fontsize="medium")
     question = "Line: median. Shade: 10 to 90 % of trajectories. Dashed: the budget"
-    _titles(figure, question, "position in the completion (tokens)")
-    return figure
+    return _finished(figure, question, "position in the completion (tokens)")
 
 
 def cost_distribution(sampled: pd.DataFrame, style: Looks, budget: float) -> plt.Figure:
@@ -196,9 +193,9 @@ def training(curves: pd.DataFrame, style: Looks) -> plt.Figure:
         if column == "cost/mean":
             axes.set_yscale("log")
             _logarithmic(axes.yaxis)
-    _titles(figure, "What training does (dashed: methods that know the budget)", "step")
-    _legend(figure, panels, style)
-    return figure
+    return _finished(
+        figure, "What training does (dashed: methods that know the budget)", "step", panels=panels, style=style
+    )
 
 
 def token_ledger(ledger: pd.DataFrame, budget: float) -> plt.Figure:
@@ -240,9 +237,12 @@ def frontier(table: pd.DataFrame, style: Looks, target: float) -> plt.Figure:
         _panel(axes, f"budget: {budget:g} {'nat' if budget == 1 else 'nats'}")
         axes.set(xlabel=LABELS["csr"], ylabel=LABELS["accuracy"] if axes in panels[::columns] else "")
         _percent(axes.xaxis)
-    _titles(figure, "Does a budget raise the CSR, and what does it cost in accuracy? (black edge: trained for it)")
-    _legend(figure, panels, style)
-    return figure
+    return _finished(
+        figure,
+        "Does a budget raise the CSR, and what does it cost in accuracy? (black edge: trained for it)",
+        panels=panels,
+        style=style,
+    )
 
 
 def paired(table: pd.DataFrame, style: Looks, soft: str) -> plt.Figure:
@@ -251,8 +251,7 @@ def paired(table: pd.DataFrame, style: Looks, soft: str) -> plt.Figure:
     runs = _ordered(style, table["run"].unique())
     figure = _forest(table, style, runs, runs, list(SHORT))
     below = f"points more than {soft} (right of 0 is better)"
-    _titles(figure, f"Which methods do better than the best soft Lagrangian, {soft}?", below)
-    return figure
+    return _finished(figure, f"Which methods do better than the best soft Lagrangian, {soft}?", below)
 
 
 def sensitivity(table: pd.DataFrame) -> plt.Figure:
@@ -273,12 +272,13 @@ def sensitivity(table: pd.DataFrame) -> plt.Figure:
             look = Look(colour, marker, "-", method)
             _point(axes, None, look, row["lam"], y, yerr=yerr, markeredgecolor=edge, markeredgewidth=1.3)
         axes.set(xscale="log", xlabel="λ", ylabel="%" if axes is panels[0] else "")
-        axes.set_xticks(within["lam"], [f"{lam:g}" for lam in within["lam"]])
-        axes.xaxis.set_minor_locator(NullLocator())
+        _logarithmic(axes.xaxis, within["lam"])
         _panel(axes, method)
-    _titles(figure, "Over what range does λ work? (black edge: within 5 % of the method's best accuracy within budget)")
-    _legend(figure, panels[:1], {})
-    return figure
+    return _finished(
+        figure,
+        "Over what range does λ work? (black edge: within 5 % of the method's best accuracy within budget)",
+        panels=panels[:1],
+    )
 
 
 def ablations(table: pd.DataFrame, style: Looks, runs: dict[str, Row]) -> plt.Figure:
@@ -293,8 +293,7 @@ def ablations(table: pd.DataFrame, style: Looks, runs: dict[str, Row]) -> plt.Fi
             _point(axes, method, style[method], 0, names.index(method), markeredgecolor="black")
     for label in figure.axes[0].get_yticklabels():
         label.set_fontweight("bold" if label.get_text() in methods else "normal")
-    _titles(figure, "Which part of the method matters?", "points more than the method (bold) that is changed")
-    return figure
+    return _finished(figure, "Which part of the method matters?", "points more than the method (bold) that is changed")
 
 
 def capacity(table: pd.DataFrame, style: Looks) -> plt.Figure:
@@ -314,13 +313,10 @@ def capacity(table: pd.DataFrame, style: Looks) -> plt.Figure:
         if measure == "accuracy" and len(teacher):
             axes.axhline(teacher.iloc[0], color="black", linestyle=":", label="the teacher")
         axes.set_xscale("log")
-        axes.set_xticks(list(CAPACITIES.values()), [f"{share:g}" for share in CAPACITIES.values()])
-        axes.xaxis.set_minor_locator(NullLocator())
+        _logarithmic(axes.xaxis, list(CAPACITIES.values()))
         _panel(axes, LABELS[measure])
     question = "Does a wider gap to the teacher change which method does best? (dashed: knows the budget)"
-    _titles(figure, question, "student's parameters, as a share of the teacher's")
-    _legend(figure, panels, style)
-    return figure
+    return _finished(figure, question, "student's parameters, as a share of the teacher's", panels=panels, style=style)
 
 
 def violation(table: pd.DataFrame, style: Looks, traced: list[str]) -> plt.Figure:
@@ -350,9 +346,7 @@ def violation(table: pd.DataFrame, style: Looks, traced: list[str]) -> plt.Figur
         axes.set_xticks(list(position.values()), list(position), rotation=45, ha="right", rotation_mode="anchor")
         _panel(axes, title)
     below = "what a completion spent, as a multiple of the budget; dashed: all of it"
-    _titles(figure, "What breaks when the budget is exceeded?", below)
-    _legend(figure, panels, style)
-    return figure
+    return _finished(figure, "What breaks when the budget is exceeded?", below, panels=panels, style=style)
 
 
 def drift(table: pd.DataFrame, style: Looks) -> plt.Figure:
@@ -378,9 +372,9 @@ def drift(table: pd.DataFrame, style: Looks) -> plt.Figure:
         _panel(axes, title)
     for axes in panels[-2:]:
         axes.set_xlabel("cost (nats)")
-    _titles(figure, "What goes with drift from the teacher? (small: methods at other settings)")
-    _legend(figure, panels, style)
-    return figure
+    return _finished(
+        figure, "What goes with drift from the teacher? (small: methods at other settings)", panels=panels, style=style
+    )
 
 
 # ---- parts of figures ----
@@ -417,11 +411,20 @@ def _point(axes: plt.Axes, run: str | None, look: Look, x, y, **options):
     return axes.errorbar(x, y, color=look.colour, marker=look.marker, **options)
 
 
-def _titles(figure: plt.Figure, question: str, below: str = "") -> None:
-    """The question a figure answers, above it; what its horizontal axes show, below."""
+def _finished(
+    figure: plt.Figure, question: str, below: str = "", panels: Iterable[plt.Axes] = (), style: Looks | None = None
+) -> plt.Figure:
+    """The figure with the question it answers above it, what its horizontal axes show below, and one legend of every
+    run that any of `panels` shows: at the right, or below where it is long."""
     figure.suptitle(question, x=0.01, ha="left", fontweight="bold", fontsize="medium")
     figure.supxlabel(below, fontsize="medium")
     figure.get_layout_engine().set(h_pad=0.07)
+    found = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if found:
+        names = [*_ordered(style or {}, found), *(name for name in found if name not in (style or {}))]
+        place = {"loc": "outside right center"} if len(names) < 11 else {"loc": "outside lower center", "ncols": 5}
+        figure.legend([found[name] for name in names], names, frameon=False, **place)
+    return figure
 
 
 def _panel(axes: plt.Axes, title: str) -> None:
@@ -436,9 +439,9 @@ def _percent(*axes) -> None:
         axis.set_major_formatter(lambda value, _: f"{100 * value:.4g}")
 
 
-def _logarithmic(axis) -> None:
-    """Ticks of a log axis at 1, 2 and 5 times each power of ten, in plain figures."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+def _logarithmic(axis, ticks=None) -> None:
+    """Ticks of a log axis in plain figures, by default at 1, 2 and 5 times each power of ten."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if ticks is None else FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: f"{value:g}")
 
@@ -460,11 +463,3 @@ def _forest(table: pd.DataFrame, style: Looks, runs: list[str], labels: list[str
     panels[0].set_yticks(range(len(runs)), labels)
     panels[0].set_ylim(len(runs) - 0.3, -0.7)
     return figure
-
-
-def _legend(figure: plt.Figure, panels: list, style: Looks) -> None:
-    """One legend for all panels, of every run any of them shows: at the right, or below where it is long."""
-    found = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    names = [*_ordered(style, found), *(name for name in found if name not in style)]
-    place = {"loc": "outside right center"} if len(names) < 11 else {"loc": "outside lower center", "ncols": 5}
-    figure.legend([found[name] for name in names], names, frameon=False, **place)
