@@ -282,5 +282,5 @@ def problem_steps(params: dict) -> np.ndarray:
 
 
 def write(results: Path = RESULTS) -> None:
-    """Write results/study/claims.csv. Needs the study's tables (`tables.write_study`)."""
-    write_table(judge(read_study(results)), results / "study" / "claims.csv")
+    """Write results/claims.csv. Needs the study's tables (`tables.write_study`)."""
+    write_table(judge(read_study(results)), results / "claims.csv")

@@ -18,7 +18,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
 from cmdp.storage import read_yaml, whole
-from replication.experiments import EXPERIMENTS, PARAMS, Row, gather, rows
+from replication.experiments import EXPERIMENTS, FIGURES, PARAMS, RESULTS, Row, gather, rows
 from replication.tables import BUDGET_FREE, by_name
 
 PALETTE = sns.color_palette("colorblind")
@@ -72,6 +72,18 @@ def looks(table: dict[str, Row]) -> Looks:
         found |= {name: Look(*variant, line, method) for name, variant in drawn}
     found |= {name: Look((0.0, 0.0, 0.0), "*", "-", "sft") for name, row in runs.items() if row.start == "teacher"}
     return found | {name: found[row.tuned] for name, row in runs.items() if row.tuned in found and name not in found}
+
+
+def draw(subject: str) -> None:
+    """Draw the figures of `subject`: default, study or theory. Raises `ValueError` for another."""
+    from replication.theory.plots import draw_all as draw_theory  # which imports this module's style
+
+    subjects = {"default": (draw_default, RESULTS), "study": (draw_study, RESULTS)}
+    subjects["theory"] = (draw_theory, RESULTS / "theory")
+    if subject not in subjects:
+        raise ValueError(f"There are figures of {', '.join(subjects)}, not of {subject!r}.")
+    function, results = subjects[subject]
+    function(results, FIGURES / subject)
 
 
 def draw_default(results: Path, folder: Path) -> None:

@@ -97,14 +97,14 @@ def default_table(results: Path) -> str:
 
 def verdicts_table(results: Path) -> str:
     """The claims and their verdicts alone."""
-    claims = pd.read_csv(results / "study" / "claims.csv")[["id", "claim", "published", "verdict"]]
+    claims = pd.read_csv(results / "claims.csv")[["id", "claim", "published", "verdict"]]
     lines = claims.assign(verdict="**" + claims["verdict"] + "**").to_numpy().tolist()
     return markdown(["", "claim", "published", "verdict here"], lines)
 
 
 def claims_table(results: Path) -> str:
     """The claims with verdicts, evidence and conditions."""
-    claims = pd.read_csv(results / "study" / "claims.csv")
+    claims = pd.read_csv(results / "claims.csv")
     lines = claims.assign(verdict="**" + claims["verdict"] + "**").to_numpy().tolist()
     return markdown(["", "claim", "published", "verdict here", "evidence", "conditions"], lines)
 

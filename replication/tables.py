@@ -37,6 +37,14 @@ FEW_RESAMPLES = 200  # of statistics that are no means and take long
 SHARES_OF_BUDGET = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, np.inf)
 
 
+def write(part: str) -> None:
+    """Compute the tables of `part`, default or study, into results/. Raises `ValueError` for another."""
+    parts = {"default": write_default, "study": write_study}
+    if part not in parts:
+        raise ValueError(f"There are tables of {' and '.join(parts)}, not of {part!r}.")
+    parts[part]()
+
+
 def write_default(results: Path = RESULTS) -> None:
     """Gather the default runs: summary, metrics, training curves, cost by position, times, provenance."""
     runs, folder = rows(part="default"), results / "runs"

@@ -227,4 +227,4 @@ def test_the_level_is_shared_by_as_many_comparisons_as_there_are_verdicts():
 def test_the_committed_verdicts_are_those_of_the_committed_results(monkeypatch):
     monkeypatch.chdir(ROOT)
     found = claims.judge(claims.read_study())
-    pd.testing.assert_frame_equal(found, pd.read_csv(ROOT / "results" / "study" / "claims.csv"))
+    pd.testing.assert_frame_equal(found, pd.read_csv(ROOT / "results" / "claims.csv"))

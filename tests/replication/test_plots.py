@@ -339,3 +339,8 @@ def test_a_study_of_a_few_runs_is_drawn_from_the_tables_that_it_writes():
     assert not figures["capacity"].axes[0].containers
     shown = [set(points(axes)) for axes in figures["frontier"].axes]
     assert shown == [{*few}, {*few} - {"cmdp"}, {*few}]  # at 0.5, 1 and 4: of cmdp none was trained for 1
+
+
+def test_figures_of_another_subject_are_refused():
+    with pytest.raises(ValueError, match="There are figures of default, study, theory, not of 'studdy'"):
+        plots.draw("studdy")

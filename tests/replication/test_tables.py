@@ -234,3 +234,8 @@ def test_step_times_are_set_against_the_soft_lagrangians():
     resumed.loc[resumed["run"] == "grpo", ["time/generation", "time/update"]] = np.nan  # as of TRL's own trainers
     found = tables.timing(resumed, ROWS).set_index("run")["seconds"]
     assert (found["cmdp"], found["grpo"]) == pytest.approx((0.3, 0.535))
+
+
+def test_tables_of_another_part_are_refused():
+    with pytest.raises(ValueError, match="There are tables of default and study, not of 'studdy'"):
+        tables.write("studdy")
