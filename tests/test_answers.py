@@ -1,13 +1,11 @@
 """Final answers: found in text, compared, and hostile ones survived."""
 
-import threading
 import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmdp.tasks import answers
 from cmdp.tasks.answers import extract, is_correct, number
 
 SLOWEST = 15.0  # seconds: 1 of processor time and the start of a process, on a machine that does other things too
@@ -54,6 +52,92 @@ SLOWEST = 15.0  # seconds: 1 of processor time and the start of a process, on a 
         ("\\boxed{90^\\circ}", "90"),
         ("\\boxed{x=3}", "3"),
         ("\\boxed{6 - 5i}", "6-5i"),
+        # on the line after its marker, with a label, below headings
+        ("####\n18", "18"),
+        ("**Final Answer:**\n18", "18"),
+        ("The final answer is:\n\n18", "18"),
+        ("The answer is:\n\\[\n18\n\\]", "18"),
+        ("The answer is:\n\n$$\n18\n$$\n", "18"),
+        ("#### Answer: 18", "18"),
+        ("#### The answer is 18", "18"),
+        ("#### Final Answer\n18", "18"),
+        ("\\boxed{Answer: 18}", "18"),
+        ("**Answer**: 18", "18"),
+        ("#### Step 1\n5+3=8\n#### Step 2\n8+10=18\nThe answer is 18.", "18"),
+        ("#### 1. Add\n5+3=8\n#### 2. Multiply\nThe answer is 16", "16"),
+        ("#### Part 1\n1+2=3\n#### 18", "18"),
+        ("#### 18\n\nI hope this helps", "18"),
+        ("#### USD 500\nbye", "500"),
+        # what is thought is not said
+        ("<think>Is it \\boxed{5}? No.</think>\nThe answer is 18.", "18"),
+        ("Is it \\boxed{5}?</think>\nThe answer is 18", "18"),
+        # units and words
+        ("The answer is 18 dollars.", "18"),
+        ("The answer is $18$ dollars.", "18"),
+        ("The answer is **18** dollars.", "18"),
+        ("The answer is 18 because 9+9 = 18.", "18"),
+        ("The answer is 10,080, which is a lot.", "10080"),
+        ("\\boxed{18 dollars}", "18"),
+        ("#### 18 miles per hour", "18"),
+        ("#### 18 square feet", "18"),
+        ("#### 18 sq. ft.", "18"),
+        ("#### 24 months", "24"),
+        ("#### 18cm", "18"),
+        ("#### 30 L", "30"),
+        ("#### 18 T-shirts", "18"),
+        ("#### 18 boys and girls", "18"),
+        ("#### 72, altogether", "72"),
+        ("#### 1/2 cup", "0.5"),
+        ("#### 3/4 of a mile", "0.75"),
+        ("#### 2 1/2 hours", "2.5"),
+        ("#### 2 and 1/2 hours", "2.5"),
+        ("#### -3°C", "-3"),
+        ("#### 7 p.m.", "7"),
+        ("\\boxed{5\\,\\mathrm{cm}}", "5"),
+        ("\\boxed{5\\text{ cm}}", "5\\text{ centimeters}"),
+        ("\\boxed{15\\mbox{ cm}^2}", "15\\text{ square cm}"),
+        ("\\boxed{\\frac{\\sqrt3}{2}\\text{ cm}}", "\\frac{\\sqrt{3}}{2}"),
+        ("\\boxed{2\\pi\\text{ cm}}", "2\\pi"),
+        ("\\boxed{10:45\\text{ a.m.}}", "10:45\\text{ am}"),
+        # words that are a part of the number
+        ("#### 5 thousand", "5000"),
+        ("#### 5 hundred thousand", "500000"),
+        ("#### $2.5 million", "2500000"),
+        ("#### 2 dozen", "24"),
+        ("\\boxed{5\\text{ million}}", "5000000"),
+        ("\\boxed{28\\text{ percent}}", "28\\%"),
+        ("#### 50 percent", "0.5"),
+        ("#### 5 per cent", "5\\%"),
+        # other ways to write it
+        ("#### 1e3", "1000"),
+        ("#### ₹500", "500"),
+        ("#### USD 500", "500"),
+        ("#### Rs. 500", "500"),
+        ("#### `18`", "18"),
+        ("so it is $\\boxed 5$.", "5"),
+        ("so \\boxed 52$", "52"),
+        ("\\boxed{2~\\frac{1}{2}}", "\\frac52"),
+        ("\\boxed{2\\frac12}", "2.5"),
+        ("\\boxed{1-\\frac{1}{\\mathrm{e}}}", "1-\\frac{1}{e}"),
+        ("\\boxed{\\color{red}{18}}", "18"),
+        ("\\boxed{\\textcolor{blue}{18}}", "18"),
+        ("\\boxed{\\textbf{18}}", "18"),
+        ("\\boxed{0.\\overline{3}}", "\\frac{1}{3}"),
+        ("\\boxed{0.1\\overline{6}}", "1/6"),
+        ("\\boxed{10{,}080}", "10080"),
+        ("\\boxed{√2}", "\\sqrt{2}"),
+        ("\\boxed{√12}", "2\\sqrt3"),
+        ("\\boxed{2π}", "2\\pi"),
+        ("\\boxed{x²}", "x^2"),
+        ("\\boxed{10⁻²}", "0.01"),
+        ("#### 2½", "2.5"),
+        ("\\boxed{90°}", "90"),
+        ("\\boxed{52_{8}}", "52_8"),
+        ("\\boxed{1\\text{ and }-2}", "-2, 1"),
+        ("\\boxed{\\frac{1}{2^{99}}}", "2^{-99}"),
+        ("\\boxed{\\text{(C)}}", "C"),
+        ("The answer is (1, 2).", "(1,2)"),
+        ("#### Evelyn", "Evelyn"),
     ],
 )
 def test_right_answers_are_recognised_however_they_are_written(completion, answer):
@@ -86,6 +170,72 @@ def test_right_answers_are_recognised_however_they_are_written(completion, answe
         ("\\boxed{x^2}", "x^3"),
         ("The answer is not 18", "18"),
         ("#### 1/0", "0"),
+        # words that change the number, or that are not understood
+        ("#### 5 thousand", "5"),
+        ("#### 5 million", "5"),
+        ("#### 2 dozen", "2"),
+        ("#### 5 score", "5"),
+        ("#### 2 pairs", "2"),
+        ("#### 5 and a half", "5"),
+        ("#### 5 halves", "5"),
+        ("#### 5 tenths", "5"),
+        ("#### 2 twenty-fifths", "2"),
+        ("#### 5 squared", "5"),
+        ("#### 5 plus two", "5"),
+        ("#### 5 minus two", "5"),
+        ("#### 5 point two", "5"),
+        ("#### 5 or six", "5"),
+        ("#### 5 to 7", "5"),
+        ("#### 5-6", "5"),
+        ("#### 5, 6", "5"),
+        ("#### 5 modulo 7", "5"),
+        ("#### 5 r 2", "5"),
+        ("#### 5k", "5"),
+        ("#### 5x", "5"),
+        ("#### 5 pi", "5"),
+        ("#### 5 a", "5"),
+        ("#### 5²", "5"),
+        ("#### 5!", "5"),
+        ("#### 5 -", "5"),
+        ("#### negative 5", "5"),
+        ("#### 5 degrees below zero", "5"),
+        ("#### 12 thousand 300", "12000"),
+        ("The answer is 5 or six.", "5"),
+        ("The answer is 5, 6.", "5"),
+        ("The answer is 5 is wrong", "5"),
+        ("\\boxed{5\\text{ million}}", "5"),
+        ("\\boxed{2\\text{ dozen}}", "2"),
+        ("\\boxed{5 \\text{ or six}}", "5"),
+        # two units, other units
+        ("\\boxed{2\\text{ hours }30\\text{ minutes}}", "2"),
+        ("\\boxed{5\\text{ ft }6\\text{ in}}", "5"),
+        ("#### 5 feet 6 inches", "5"),
+        ("#### 5 hours thirty minutes", "5"),
+        ("\\boxed{10:45\\text{ a.m.}}", "10:45\\text{ p.m.}"),
+        ("\\boxed{5\\text{ cm}}", "5\\text{ m}"),
+        ("\\boxed{5\\text{ cm}^2}", "5\\text{ cm}"),
+        ("\\boxed{€5}", "\\$5"),
+        ("\\boxed{5\\text{ cents}}", "\\$5"),
+        ("#### 0.5%", "50%"),
+        # bases
+        ("\\boxed{52_8}", "52_7"),
+        ("\\boxed{1011_2}", "1011_3"),
+        ("\\boxed{5_8}", "5"),
+        # tiny values
+        ("#### 0.0000001", "0.0000002"),
+        ("\\boxed{\\frac{1}{2^{99}}}", "\\frac{1}{2^{98}}"),
+        ("\\boxed{\\frac{3}{2^{99}}}", "\\frac{5}{2^{99}}"),
+        ("\\boxed{10^{-20}}", "10^{-21}"),
+        ("\\boxed{10^{-30}}", "0"),
+        ("\\boxed{e^{-40}}", "e^{-41}"),
+        ("\\boxed{(10^{-20},1)}", "(10^{-21},1)"),
+        ("\\boxed{10^{-20}x}", "10^{-21}x"),
+        ("\\boxed{\\begin{pmatrix}10^{-20}\\\\2\\end{pmatrix}}", "\\begin{pmatrix}10^{-21}\\\\2\\end{pmatrix}"),
+        # thoughts
+        ("<think>Is it \\boxed{5}? No.</think>\nThe answer is 18.", "5"),
+        ("<think>I could say \\boxed{18}, let me check", "18"),
+        ("<THINKING>#### 18", "18"),
+        ("\\boxed{1 8}", "18"),
     ],
 )
 def test_wrong_and_unstated_answers_are_refused(completion, answer):
@@ -164,20 +314,3 @@ def test_megabytes_are_refused_at_once(completion):
     start = time.perf_counter()
     assert not is_correct(completion, "18")
     assert time.perf_counter() - start < 1.0
-
-
-def test_it_works_in_threads_and_after_its_process_has_died():
-    results = {}
-
-    def check(i: int) -> None:
-        results[i] = is_correct(f"\\boxed{{x^2+{2 * i}x+{i * i}}}", f"(x+{i})^2")
-
-    threads = [threading.Thread(target=check, args=(i,)) for i in range(1, 5)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert results == dict.fromkeys(range(1, 5), True)
-    answers._worker.process.kill()
-    assert not is_correct("\\boxed{x^2+81}", "(x+9)^2")  # an answer may be lost with the process, but no more
-    assert is_correct("\\boxed{x^2+14x+49}", "(x+7)^2")

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from cmdp.tasks import load_task, math
+from cmdp.tasks import competition_math as math
+from cmdp.tasks import load_task
 
 
 def row(n: int, **more: str) -> dict[str, str]:
@@ -50,6 +51,22 @@ def test_a_solution_without_an_answer_is_named(folder):
 
 
 @pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        ("the largest value of $x$, our answer is $\\boxed 2$.", "2"),
+        ("The largest is $x = \\boxed 2$.", "2"),
+        ("so it is $\\boxed 12$ in all.", "12"),
+        ("First $\\boxed{1}$, then $\\boxed {2}$.", "2"),
+        ("so $\\fbox{$\\frac12$}$", "\\frac12"),
+    ],
+)
+def test_gold_answers_are_read_from_every_kind_of_box(solution, answer):
+    gold = math.gold({"solution": solution})
+    assert gold == answer
+    assert math.is_correct(f"$\\boxed{{{answer}}}$", gold)
+
+
+@pytest.mark.parametrize(
     ("given", "right", "same"),
     [
         ("\\dfrac{9}{7}", "\\frac{9}{7}", True),
@@ -76,7 +93,7 @@ def test_answers_of_every_kind_are_compared_by_value(given, right, same):
 
 
 def test_it_is_a_task_and_judges_equations_between_numbers():
-    task = load_task("math")
+    task = load_task("competition_math")
     assert task is math
     assert task.steps_are_valid("$2 \\cdot 3 = 6$, so $x = \\boxed{6}$.", "")
     assert not task.steps_are_valid("$2 \\cdot 3 = 5$, so $x = \\boxed{6}$.", "")

@@ -1,4 +1,4 @@
-"""GSM8K and GSM-Symbolic: files and splits, prompts, the step check, and the check against GSM8K itself."""
+"""GSM8K and GSM-Symbolic: files and splits, prompts, and the check of the steps."""
 
 import json
 import os
@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from cmdp.tasks import corpus, gsm
+from cmdp import tasks
+from cmdp.tasks import gsm
 from cmdp.tasks.steps import equations
 
 TEMPLATE = (
@@ -56,26 +57,19 @@ def test_what_is_held_out_depends_on_the_seed_alone(folder):
 
 
 def test_a_question_of_the_test_split_is_dropped_from_training_whatever_part_is_tested(folder):
-    asked = row(9, 2) | {"question": "ana has 9 plums, and  gets 2. How many"}
-    plain = row(9, 2)
-    write(folder / "train.jsonl", [plain, row(500, 1), row(500, 1), row(501, 1)])
+    write(folder / "train.jsonl", [row(9, 2), row(500, 1), row(500, 1), row(501, 1)])
     splits = gsm.problems(folder, {"test": 1, "train": None}, seed=0)
     assert sorted(problem["answer"] for problem in splits["train"]) == ["501", "502"]
-    assert corpus.key("Ana has 9.") != corpus.key("Ana has -9.")
-    assert corpus.key("What is  it, ANA?") == corpus.key("what is it ana")
-    assert asked["question"] != plain["question"]
-
-
-def test_shared_questions_are_seen():
-    corpus.check_disjoint({"train": [{"question": "a"}], "test": [{"question": "b"}]})
-    with pytest.raises(ValueError, match="'train' and 'test' share"):
-        corpus.check_disjoint({"train": [{"question": "a"}], "test": [{"question": "b"}, {"question": "A?"}]})
+    asked = "ana has 9 plums, and  gets 2. How many"
+    assert asked != row(9, 2)["question"]
+    assert tasks.key(asked) == tasks.key(row(9, 2)["question"])
+    assert tasks.key("Ana has 9.") != tasks.key("Ana has -9.")
 
 
 def test_mistakes_in_the_source_are_named(folder, tmp_path):
     with pytest.raises(ValueError, match="30 problems left for 'train', and 31"):
         gsm.problems(folder, {"train": 31}, seed=0)
-    with pytest.raises(FileNotFoundError, match="There are no problems at nowhere"):
+    with pytest.raises(FileNotFoundError, match="No problems at nowhere"):
         gsm.problems("nowhere", {"train": 1}, seed=0)
     write(folder / "test.jsonl", [{"question": "?", "solution": "1"}])
     with pytest.raises(ValueError, match=r"Problem 1 of .* has no text in \['answer'\]"):
@@ -84,7 +78,7 @@ def test_mistakes_in_the_source_are_named(folder, tmp_path):
     with pytest.raises(ValueError, match="ends in `#### n`"):
         gsm.problems(folder, {"train": 1}, seed=0)
     (folder / "test.jsonl").write_text("not JSON\n")
-    with pytest.raises(ValueError, match="is not JSONL"):
+    with pytest.raises(ValueError, match="is not JSONL with one problem per line"):
         gsm.problems(folder, {"train": 1}, seed=0)
 
 
@@ -94,7 +88,11 @@ def test_offline_and_not_cached_says_what_to_do(tmp_path):
     process = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
     )
-    assert process.stderr.strip().splitlines()[-1].startswith("FileNotFoundError: openai/gsm8k is neither in the cache")
+    assert (
+        process.stderr.strip()
+        .splitlines()[-1]
+        .startswith("FileNotFoundError: openai/gsm8k is neither cached nor reachable")
+    )
     assert "unset HF_HUB_OFFLINE" in process.stderr
     assert "train.jsonl" in process.stderr
 
@@ -132,8 +130,11 @@ def test_prompts_follow_the_chat_template_and_encode_to_what_they_say(folder):
     [
         ("3+2 = 5 plums.\n#### 5", True),
         ("3 + 2 = 5 and 5 - 1 = 4.\nThe answer is 4.", True),
+        ("3 + 2 = 5 and twice 5 - 1 = 9.\nThe answer is 9.", True),
         ("3+2 = 6 plums.\n#### 5", False),
         ("3+2 = 5, 5 - 1 = 3\n#### 5", False),
+        ("<<3+2=6>>5 plums.\n#### 5", False),
+        ("<<3+2=5>>5 plums.\n#### 5", True),
         ("3+2 = 5 plums.", False),  # no answer
         ("#### 5", False),  # no step
         ("x + 2 = 5\n#### 5", False),  # none that can be judged
@@ -143,24 +144,3 @@ def test_prompts_follow_the_chat_template_and_encode_to_what_they_say(folder):
 )
 def test_a_derivation_is_valid_when_every_equation_holds_and_an_answer_follows(completion, valid):
     assert gsm.steps_are_valid(completion, "Ana has 3 plums and gets 2. How many?") is valid
-
-
-def test_the_check_counts_what_is_wrong(folder):
-    wrong = row(7, 2) | {"answer": "7+2 = <<7+2=8>>10, 4 - 1 = <<x>>3\n#### 9"}
-    write(folder / "test.jsonl", [row(1, 2), wrong])
-    checked = gsm.check_gsm8k(folder)
-    assert checked["problems"] == checked["accepted"] == checked["refused"] == 32
-    assert checked["valid"] == 31
-    assert checked["annotations"] == {"read": 32, "unread": 1, "wrong": 1, "solutions": 1}
-    assert checked["equations"] == {"read": 33, "wrong": 1, "solutions": 1, "without": 0}
-    assert checked["flagged"] == ["test 2: 7 + 2 = 10"]
-
-
-@pytest.mark.skipif("CMDP_GSM8K" not in os.environ, reason="CMDP_GSM8K names no folder with GSM8K's two JSONL files")
-def test_gsm8ks_own_solutions_pass():
-    checked = gsm.check_gsm8k(os.environ["CMDP_GSM8K"])
-    assert checked["accepted"] == checked["refused"] == checked["problems"] == 8792
-    assert checked["annotations"]["wrong"] == 0
-    assert checked["annotations"]["unread"] < 0.001 * checked["annotations"]["read"]
-    assert checked["equations"]["wrong"] < 0.002 * checked["equations"]["read"]
-    assert checked["equations"]["read"] > checked["annotations"]["read"]

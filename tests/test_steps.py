@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmdp.tasks.steps import LONGEST, annotations, equations, without_annotations
+from cmdp.tasks.steps import LONGEST, annotations, coverage, equations, without_annotations
 
 
 def verdicts(text: str) -> list[bool]:
@@ -21,10 +21,7 @@ def verdicts(text: str) -> list[bool]:
         "48 / 2 = 24",
         "She pays $5 * 3 = $15.",
         "She pays 5 x $3 = $15, and that is all",
-        "2 pizzas × 8 slices/pizza = 16 slices",
-        "12 apples + his 4 pears = 16 pieces of fruit",
         "1,200 + 34.5 = 1,234.5",
-        "80 000 x 20/100 = 16 000",
         "(4 + 2) ÷ 3 = 2",
         "2(3 + 4) = 14",
         "[2 + 3] * 2 = 10",
@@ -32,7 +29,6 @@ def verdicts(text: str) -> list[bool]:
         "20% of 50 = 10",
         "1/4 of 60 = 15",
         "100% - 20% = 80%",
-        "100 - 20 = 80%",
         "20 / 240 = 8.33%",
         "10 / 3 = 3.33",
         "20 / 3 = 6.67",
@@ -43,17 +39,32 @@ def verdicts(text: str) -> list[bool]:
         "2^3 = 8",
         "2**3 = 8",
         "5 + 1 1/2 = 6.5",
-        "1 and 1/4 * 4 = 5",
         "60 / 3/4 = 80",
         "\\frac{1}{2} \\times 48 = 24",
         "\\( 48 \\div 2 = 24 \\text{ clips} \\)",
         "- 5 + 3 = 8",  # an item of a list
         "2. 5 + 3 = 8",
         "**5 + 3 = 8**",
-        "25 times 4 equals 100",
         "60% are adults because 100 - 40 = 60",
-        "600 sq. ft. * 2 = 1200 sq. ft.",
         "a 5-minute pause and 2 * 3 = 6",
+        "It is what remains, so that's 2 * 3 = 6 each",
+        "A total of 5 + 3 = 8",
+        "(5 + 3 = 8)",
+        "$5.00*3=$15/box",
+        "5 + 3 = 8 (with transport)",
+        "-2^2 = -4",
+        "2^3^2 = 512",
+        "10^-2 = 0.01",
+        "3^{2} -5 = 4",
+        "1{,}200 - 200 = 1{,}000",
+        "\\frac12 \\cdot 4 = 2",
+        "1/2 = 50%",
+        "10 / 4 = 2 1/2",
+        "2 / 3 = 0.666",
+        "2 / 3 = 0.667",
+        "19 / 3 ≈ 6",
+        "48 * 0.3333333333333333 = 16",  # printed by a program
+        "0.1 + 0.2 = 0.30000000000000004",
     ],
 )
 def test_right_equations_are_read_and_hold(text):
@@ -73,8 +84,17 @@ def test_right_equations_are_read_and_hold(text):
         "2(3 + 4) = 10",
         "5 + 3 = 8 + 2",
         "5 + 3 = -8",
-        "70/month * 2 = 150/month",
         "20 + 2 = 23 (with transport)",
+        "-2^2 = 4",
+        "24+48 = \\boxed{73}",
+        "10 / 3 = 3.34",
+        "1.2 + 1.24 = 2.5",
+        "19 / 3 ≈ 7",
+        "20% of 50 = 11",
+        "15 / 60 = 0.26%",
+        "She pays 5 * 3 = $16, and that is all",
+        "3 + 4 = 8; fine",
+        "100 / 0.3 = 333.3334",
     ],
 )
 def test_wrong_equations_are_read_and_do_not_hold(text):
@@ -110,6 +130,67 @@ def test_wrong_equations_are_read_and_do_not_hold(text):
         "0900 - 0130 = 0730",
         "21/7 = 90/x",
         "3 * 30 = 30 + M trees",
+        # units within
+        "2 pizzas × 8 slices/pizza = 16 slices",
+        "12 apples + his 4 pears = 16 pieces of fruit",
+        "600 sq. ft. * 2 = 1200 sq. ft.",
+        "70/month * 2 = 150/month",
+        "2 hours + 30 minutes = 150 minutes",
+        "3 * 7 days = 3 weeks",
+        "$0.25/glass x 10 glasses = 250 cents",
+        "0.25 * 10 = 250 cents",
+        "10 am + 3 hours = 1 pm",
+        "5 ft 6 in + 2 in = 5 ft 8 in",
+        "1 hour 30 minutes + 45 minutes = 2 hours 15 minutes",
+        # what follows changes the right side
+        "17 / 5 = 3 remainder 2",
+        "17 / 5 = 3 R2",
+        "17 / 5 = 3 with 2 left over",
+        "100 stickers / 3 friends = 33 stickers for each friend, with 1 remaining.",
+        "150 / 60 = 2 hours 30 minutes",
+        "10 / 4 = 2 and a half",
+        "100 / 6 = 16 and (2/3)",
+        "100 * 50 = 5 thousand",
+        "12 * 5 = 14 (mod 23)",
+        "2 * 5 = 4²",
+        "10 / 4 = 2½",
+        "1/3 = 0.33…",
+        "5 + 3 = 8!",
+        "60 / 4 = 3:5",
+        "10 - 3 = 4 boxes * 2",
+        # what stands before changes the left side
+        "5 squared + 3 = 28",
+        "50 * 20 percent = 10",
+        "half of 10 + 3 = 8",
+        "2 thirds * 9 = 6",
+        "17 mod 5 + 1 = 3",
+        "5 choose 2 + 1 = 11",
+        "10 minus 3 + 1 = 8",
+        "twice 5 + 3 = 13",
+        "the square root of 16 + 1 = 5",
+        "1 and 1/4 * 4 = 5",
+        "two and 1/4 * 4 = 9",
+        "a_1 + 3 = 5",
+        "\\log_{2} 8 + 1 = 4",
+        "\\sqrt 9 + 1 = 4",
+        "3² + 4² = 25",
+        "2½ * 10 = 25",
+        "3.5e2 + 50 = 400",
+        "80 000 x 20/100 = 16 000",
+        "5! + 3 = 123",
+        "|-5| + 3 = 8",
+        "17 % 5 = 2",
+        ".8 + . 84 + .82 = 2.46",
+        "Step 1 - 5 + 3 = 8",
+        "Lot 1 - 5 + 3 = 8",
+        "Subtract Weeks 3-4 from Weeks 1-2 = 96",
+        "1st day + 2nd day = 30 + 20",
+        "$80,000 (purchase) + $50,000 (repairs) = $140,000 total invested",
+        # a percent sign on one side alone
+        "20% of 50 = 1000",
+        "15 / 60 = 0.25%",
+        "100 - 20 = 80%",
+        "50% + 20% = 70",
     ],
 )
 def test_what_is_not_arithmetic_is_not_judged(text):
@@ -119,6 +200,17 @@ def test_what_is_not_arithmetic_is_not_judged(text):
 def test_a_chain_is_judged_link_by_link():
     assert verdicts("2 * 3 + 1 = 6 + 1 = 7 apples") == [True, True]
     assert verdicts("2 * 3 + 1 = 6 + 2 = 8") == [False, True]
+    assert verdicts("5+3 = 8 = 9") == [True, False]
+    assert verdicts("x = 5+3 = 8") == [True]
+    assert verdicts("Subtract Weeks 3-4 from Weeks 1-2 = 96 - 70 = 26") == [True]
+    assert verdicts("This leaves 3/3 - 2/3 = 1/3 of $150 = $50") == [True]
+    assert verdicts("(5/4)x\n200(4/5)=160=x apples") == [True]
+
+
+def test_it_says_how_much_it_reads():
+    assert coverage("5 + 3 = 8, half of 10 + 3 = 8 and x = 5.\n2 apples + 1 = 3 apples = 3.") == (1, 4)
+    assert coverage("48/2 = <<48/2=24>>24 clips >= 20") == (1, 0)
+    assert coverage("no numbers") == (0, 0)
 
 
 def test_annotations_are_judged_apart_from_the_text():
@@ -151,8 +243,7 @@ def test_values_are_those_of_exact_arithmetic(expression, off):
         return
     result = f"{value.numerator} / {value.denominator}"
     assert verdicts(f"{text[1:-1]} = {result}") == [True]
-    if abs(value) + off <= off * 10**9:  # past that, the difference is within the rounding that is forgiven
-        assert verdicts(f"{text[1:-1]} = {result} + {off}") == [False]
+    assert verdicts(f"{text[1:-1]} = {result} + {off}") == [False]
 
 
 @given(st.integers(0, 99), st.integers(0, 99), st.integers(0, 99), st.sampled_from("+-*"), st.sampled_from("+-*"))
@@ -189,6 +280,11 @@ def test_no_text_makes_it_raise(text):
         "1,111" * 4000 + " = 1",
         "٣ + ٤ = ٧",
         "5 + 3 = 8\x00",
+        "1" * 19_000 + "a = 5",
+        "5 + 3 = " + "1" * 19_000 + "a",
+        "5 + 3 = 8 a " + "1 " * 9_000,
+        "5 + 3 = 8 apples " + "1" * 19_000,
+        "1" * 9_000 + " a" * 5_000 + " 5 + 3 = 8",
     ],
     ids=lambda text: repr(text[:12]),
 )

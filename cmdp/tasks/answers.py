@@ -101,7 +101,7 @@ def tidy(answer: str) -> str:
     )
     for pattern, replacement in _REWRITES:
         answer = re.sub(pattern, replacement, answer)
-    return answer.strip(" *`.,:;")
+    return answer.strip(" *`,:;").rstrip(" *`.,:;")
 
 
 def number(text: str) -> Fraction | None:

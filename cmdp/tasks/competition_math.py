@@ -4,6 +4,7 @@ The final answer stands in `\\boxed{}`: a number, an expression, an interval, a 
 between numbers, which in MATH are only a part of the reasoning.
 """
 
+import re
 from pathlib import Path
 
 from cmdp import tasks
@@ -36,7 +37,8 @@ def read(source: str | Path, split: str) -> list[dict[str, str]]:
 
 def gold(row: dict[str, str]) -> str:
     """The row's answer, or the last box of its solution. Raises `ValueError` where there is none."""
-    answer = row.get("answer") or (answers.extract(row["solution"]) if "\\boxed" in row["solution"] else None)
+    boxed = answers.extract(row["solution"]) if re.search(r"\\boxed|\\fbox", row["solution"]) else None
+    answer = row.get("answer") or boxed
     if not answer:
         raise ValueError(f"A solution has its answer in \\boxed{{}}; this has none: {row['solution'][-80:]!r}.")
     return answers.tidy(answer)
