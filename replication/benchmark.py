@@ -80,17 +80,14 @@ def measure(sizes: dict) -> pd.DataFrame:
     for name, theirs in steps.items():
         if name != "cmdp":
             measured[f"cmdp / {name}", "step"] = [a / b for a, b in zip(steps["cmdp"], theirs, strict=True)]
-    table = pd.DataFrame([(*key, *_spread(np.array(values))) for key, values in measured.items()])
-    table.columns = ["trainer", "phase", "median", "min", "max", "low", "high"]
-    table.insert(2, "unit", ["ratio" if "/" in name else "seconds" for name in table["trainer"]])
+    lines = []
+    for (name, phase), values in measured.items():
+        ends = bootstrap((values,), np.median, method="percentile", rng=0).confidence_interval
+        unit = "ratio" if "/" in name else "seconds"
+        lines.append((name, phase, unit, np.median(values), min(values), max(values), ends.low, ends.high))
+    table = pd.DataFrame(lines, columns=["trainer", "phase", "unit", "median", "min", "max", "low", "high"])
     libraries = {name: provenance()["libraries"][name] for name in ("torch", "trl")}
     return table.assign(repeats=repeats, **libraries, device=device_name(pick_device(sizes["use_cpu"])))
-
-
-def _spread(values: np.ndarray) -> tuple[float, ...]:
-    """(median, min, max, low, high)."""
-    found = bootstrap((values,), np.median, method="percentile", rng=0).confidence_interval
-    return np.median(values), values.min(), values.max(), found.low, found.high
 
 
 def make_trainers(sizes: dict, rows: list[dict], folder: str) -> dict:
@@ -138,20 +135,21 @@ def make_trainers(sizes: dict, rows: list[dict], folder: str) -> dict:
         trainer.create_optimizer()
         trainer.current_gradient_accumulation_steps = 1
         for name in ("_generate", "_generate_and_score_completions"):
-            setattr(trainer, name, _timed(trainer, getattr(trainer, name), name))
+            _time_method(trainer, name)
     return trainers
 
 
-def _timed(trainer, method, name: str):
-    """`method`, leaving the seconds it took in `trainer.seconds`."""
+def _time_method(trainer, name: str) -> None:
+    """Have the method `name` leave the seconds it took in `trainer.seconds`."""
+    method = getattr(trainer, name)
 
-    def call(*arguments):
+    def timed(*arguments):
         start = _now()
         result = method(*arguments)
         trainer.seconds[name] = _now() - start
         return result
 
-    return call
+    setattr(trainer, name, timed)
 
 
 def _step(trainer, rows: list[dict]) -> dict[str, float]:
