@@ -158,19 +158,16 @@ def trade_off(summary: pd.DataFrame, style: Looks, budget: float) -> plt.Figure:
 def cost_by_position(positions: pd.DataFrame, style: Looks, budget: float) -> plt.Figure:
     """Cumulative cost as the completion is written: median and upper tenth of trajectories, the budget drawn in."""
     mean = positions.groupby(["run", "position"], sort=False).mean(numeric_only=True).reset_index()
-    runs = list(positions["run"].unique())
-    columns = min(3, len(runs))
-    size = (2.2 * columns, 1.8 * -(-len(runs) // columns) + 0.9)
-    figure, panels = _panels(len(runs), columns, size, sharex=True, sharey=True)
-    for axes, run in zip(panels, runs, strict=True):
-        group, colour = mean[mean["run"] == run], style[run].colour
-        axes.fill_between(group["position"], group["q10"], group["q90"], color=colour, alpha=0.25, linewidth=0)
-        axes.plot(group["position"], group["q50"], color=colour, linewidth=1.8)
-        axes.axhline(budget, color="black", linestyle="--", linewidth=1)
-        axes.set_title(run, fontsize="medium")
-    figure.supylabel("cumulative cost (nats)", fontsize="medium")
-    question = "Line: median. Shade: 10 to 90 % of trajectories. Dashed: the budget"
-    return _finished(figure, question, "position in the completion (tokens)")
+    palette = {run: look.colour for run, look in style.items()}
+    grid = sns.FacetGrid(mean, col="run", hue="run", col_wrap=3, height=2.1, palette=palette)
+    grid.map(plt.fill_between, "position", "q10", "q90", alpha=0.25, linewidth=0)
+    grid.map(plt.plot, "position", "q50", linewidth=1.8)
+    grid.refline(y=budget, color="black")
+    grid.set_titles("{col_name}").set_axis_labels("position (tokens)", "cumulative cost (nats)")
+    grid.figure.suptitle(
+        "Line: median. Shade: 10 to 90 % of trajectories. Dashed: the budget", y=1.02, fontsize="medium"
+    )
+    return grid.figure
 
 
 def cost_distribution(sampled: pd.DataFrame, style: Looks, budget: float) -> plt.Figure:
