@@ -78,7 +78,7 @@ def test_mistakes_in_the_source_are_named(folder, tmp_path):
     with pytest.raises(ValueError, match="ends in `#### n`"):
         gsm.problems(folder, {"train": 1}, seed=0)
     (folder / "test.jsonl").write_text("not JSON\n")
-    with pytest.raises(ValueError, match="is not JSONL with one problem per line"):
+    with pytest.raises(ValueError, match="is neither JSONL, one problem per line"):
         gsm.problems(folder, {"train": 1}, seed=0)
 
 

@@ -209,7 +209,7 @@ def test_a_chain_is_judged_link_by_link():
 
 def test_it_says_how_much_it_reads():
     assert coverage("5 + 3 = 8, half of 10 + 3 = 8 and x = 5.\n2 apples + 1 = 3 apples = 3.") == (1, 4)
-    assert coverage("48/2 = <<48/2=24>>24 clips >= 20") == (1, 0)
+    assert coverage("48/2 = <<48/2=24>>24 clips.\n30 >= 24") == (1, 0)
     assert coverage("no numbers") == (0, 0)
 
 

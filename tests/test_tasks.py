@@ -79,7 +79,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"No problems at .*train\.jsonl"):
         tasks.read(tmp_path, "train", {"hub/name": ("main",)}, ())
     (tmp_path / "train.parquet").write_text("no parquet")
-    with pytest.raises(ValueError, match="is not PARQUET"):
+    with pytest.raises(ValueError, match="is neither JSONL"):
         tasks.read(tmp_path, "train", {}, ())
     (tmp_path / "train.jsonl").write_text('{"question": "?"}\n["a list"]\n')
     with pytest.raises(ValueError, match=r"Problem 2 of .* has no text in \['question'\]"):

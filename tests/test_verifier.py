@@ -79,12 +79,20 @@ print(sympy.Number('12') + 1, sympy.Number('1.5') * 2)
     ]
 
 
-def test_without_the_whitelist_the_process_still_runs_no_code(tmp_path):
-    payloads = [sums % f"\\{name}{{{MAKES_A_FOLDER}}}" for sums in SUMS for name in ("text", "mathrm", "mbox")]
-    for payload in [f"|{payload}|" for payload in payloads[:3]] + payloads[3:7]:
-        code = "from cmdp.tasks import verifier; verifier.is_readable = lambda text: True; verifier.serve()"
-        answer = run(code, tmp_path, input=json.dumps([payload, "\\pi"]) + "\n").stdout
-        assert answer.split() in (["ready"], ["ready", "false"])
+@pytest.mark.parametrize(
+    "without",
+    [
+        "verifier.is_readable = lambda text: True; verifier._NAME = re.compile('.*', re.DOTALL)",
+        "verifier.lock_down = lambda: None; verifier.is_readable = lambda text: True",
+        "verifier.lock_down = lambda: None; verifier._NAME = re.compile('.*', re.DOTALL)",
+    ],
+    ids=["the process alone", "names alone", "the whitelist alone"],
+)
+def test_each_layer_alone_runs_no_code(without, tmp_path):
+    for payload in (f"|{SUMS[0]}|", f"\\sin({SUMS[1]})"):  # each makes a folder where there is no layer at all
+        question = json.dumps([payload % f"\\text{{{MAKES_A_FOLDER}}}", "\\pi"]) + "\n"
+        code = f"import re; from cmdp.tasks import verifier; {without}; verifier.serve()"
+        assert run(code, tmp_path, input=question).stdout.split() in (["ready"], ["ready", "false"])
         assert list(tmp_path.iterdir()) == []
 
 

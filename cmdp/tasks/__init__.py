@@ -66,7 +66,10 @@ def read(source: str | Path, split: str, hub: Mapping[str, tuple], fields: tuple
         files = [path] if path.is_file() else next((f for name in names if (f := sorted(path.glob(name)))), None)
         if files is None:
             raise FileNotFoundError(f"No problems at {path}: give {', '.join(names)} or one of {', '.join(hub)}.")
-        rows = [row for file in files for row in _read_file(file)]
+        try:
+            rows = [row for file in files for row in _read_file(file)]
+        except ValueError as error:  # neither UTF-8 nor JSON, or no parquet
+            raise ValueError(f"{files[0]} is neither JSONL, one problem per line, nor parquet: {error}") from error
     for index, row in enumerate(rows):
         if missing := [name for name in fields if not isinstance(row, dict) or not isinstance(row.get(name), str)]:
             raise ValueError(f"Problem {index + 1} of {source} ({split}) has no text in {missing}.")
@@ -74,14 +77,11 @@ def read(source: str | Path, split: str, hub: Mapping[str, tuple], fields: tuple
 
 
 def _read_file(path: Path) -> list[dict]:
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
 
-            return pyarrow.parquet.read_table(path).to_pylist()
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except ValueError as error:  # neither UTF-8 nor JSON, or no parquet
-        raise ValueError(f"{path} is not {path.suffix[1:].upper()} with one problem per line: {error}") from error
+        return pyarrow.parquet.read_table(path).to_pylist()
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def cut(train: list[dict], test: list[dict], sizes: Mapping[str, int | None], seed: int) -> dict[str, list[dict]]:

@@ -96,9 +96,8 @@ def extract(completion: str) -> str | None:
 def tidy(answer: str) -> str:
     """An answer in plain LaTeX: without math delimiters, spacing, colour, bold, Unicode signs and a full stop."""
     answer = re.sub("[⁰¹²³⁴-⁹⁻]+", lambda match: "^{" + unicodedata.normalize("NFKC", match[0]) + "}", answer)
-    answer = re.sub("[¼-¾⅐-⅞]", lambda match: " " + unicodedata.normalize("NFKC", match[0]), answer).translate(
-        str.maketrans(_SIGNS)
-    )
+    answer = re.sub("[¼-¾⅐-⅞]", lambda match: " " + unicodedata.normalize("NFKC", match[0]), answer)
+    answer = answer.translate(str.maketrans(_SIGNS))
     for pattern, replacement in _REWRITES:
         answer = re.sub(pattern, replacement, answer)
     return answer.strip(" *`,:;").rstrip(" *`.,:;")
@@ -166,9 +165,7 @@ def _quantity(text: str) -> tuple[str, int, frozenset[str]]:
     if (match := _QUANTITY.fullmatch(text)) is None:
         return nothing
     tail = re.sub(r"\\text|\.", "", match["words"]).lower().replace("per cent", "%")
-    words = [
-        word if len(word) < 3 else word.removesuffix("s") for word in re.findall(r"[a-z-]+|[^\sa-z',/(){}^-]", tail)
-    ]
+    words = [re.sub("(?<=..)s$", "", word) for word in re.findall(r"[a-z-]+|[^\sa-z',/(){}^-]", tail)]
     attached = tail[:1].isalpha() and not match["words"].startswith("\\")
     if (not words and tail.strip()) or (attached and (words[0] not in _SAME_UNIT or len(words[0]) < 2)):
         return nothing
@@ -176,8 +173,7 @@ def _quantity(text: str) -> tuple[str, int, frozenset[str]]:
     while words and words[0] in _SCALES:
         scale *= _SCALES[words[0]]
         tail = tail.replace(words.pop(0), "", 1)
-    if _NOT_UNITS.search(tail) or any(len(word) < 2 and word not in _SAME_UNIT for word in words[:1]):
-        return nothing
-    if any(len(word) < 2 and word not in _SAME_UNIT and word not in "acf" for word in words[1:]):
+    letters = {word for i, word in enumerate(words) if len(word) < 2 and not (i and word in "acf")}  # °C, a day
+    if _NOT_UNITS.search(tail) or letters - _SAME_UNIT.keys():
         return nothing
     return match["core"].strip(), scale, frozenset(_SAME_UNIT.get(word, word) for word in words)

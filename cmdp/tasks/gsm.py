@@ -24,13 +24,11 @@ _SUFFIX = " Give the result as your final answer. Do not include units."
 
 
 def problems(source: str | Path, sizes: dict[str, int | None], seed: int, tokenizer=None) -> dict[str, list[dict]]:
-    """Disjoint splits: "test" from GSM8K's own test split, all others from its training split by `seed`.
+    """Disjoint splits of `sizes` problems (None: all that are left): "test" from GSM8K's test split, all others
+    from its training split by `seed`. `tokenizer` renders the prompts, see `tasks.rendered`.
 
-    Args:
-        source: "openai/gsm8k" on the Hub; a folder with JSONL or parquet files (see `tasks.read`) whose rows have
-            `question` and `answer`, the last line of which is `#### n`; or "gsm-symbolic".
-        sizes: problems in each split; None takes all there are (not with "gsm-symbolic").
-        tokenizer: its chat template renders the prompts; without one they are plain text.
+    `source` is "openai/gsm8k" on the Hub; a folder with files (see `tasks.read`) whose rows have `question` and
+    `answer`, the last line of which is `#### n`; or "gsm-symbolic".
 
     Raises:
         FileNotFoundError: the problems are not there, or the Hub is not reachable.

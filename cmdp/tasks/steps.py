@@ -67,6 +67,8 @@ _CLAUSE = re.compile(r"[.;:!?=]|,\s|\b(?:and|so|then|because|since|which|but)\b"
 _OPERATOR = re.compile(r"[+*⊗^<>\\{}_|√=]|\s/|/\s|\s-\s*[0-9(]|-\s")
 _CLAUSE_START = re.compile(r"[.;:!?=(\"—]\s*|,\s")
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+_OPERATORS |= {ast.Pow: operator.pow}
+_UNREADABLE = (SyntaxError, AttributeError, ValueError, KeyError, ZeroDivisionError, RecursionError, MemoryError)
 
 
 def equations(text: str) -> list[Equation]:
@@ -125,12 +127,10 @@ def _left(segment: str, is_first: bool) -> str | None:
         return None
     is_label = re.search(r"\b[A-Z]\w*$", clause) and re.match(r"[0-9]+\s*-", expression)  # "Lot 1 - 5 + 3"
     is_label = is_label or (clause.endswith(" and") and re.match(r"[0-9]+ ?/", expression))  # "1 and 1/4 * 4"
-    if clause and (
-        not gap or not clause[-1].isalpha() or is_label or _BEFORE.search(clause) or _OPERATOR.search(clause)
-    ):
-        return None
-    touches = not clause and not gap
-    return None if touches and (before[-1] not in ":;(" or before[-2:-1].isdigit()) else expression
+    if clause:
+        changes = is_label or _BEFORE.search(clause) or _OPERATOR.search(clause)
+        return expression if gap and clause[-1].isalpha() and not changes else None
+    return expression if gap or (before[-1] in ":;(" and not before[-2:-1].isdigit()) else None
 
 
 def _right(segment: str) -> str | None:
@@ -181,25 +181,20 @@ def _value(expression: str, percent: Fraction) -> Fraction | None:
     text = re.sub(rf"{_NUMBER}(?: ?%)?", name, re.sub(r"(?<=[0-9%)])\(", "*(", text)).replace("^", "**")
     try:
         return _evaluate(ast.parse(text.strip(), mode="eval").body, numbers)
-    except (SyntaxError, ValueError, KeyError, ZeroDivisionError, RecursionError, MemoryError):
+    except _UNREADABLE:
         return None
 
 
 def _evaluate(node: ast.expr, numbers: list[Fraction]) -> Fraction:
-    """The value of a parsed expression. Raises where it is anything but arithmetic of bounded size."""
+    """The value of a parsed expression. Raises `_UNREADABLE` where it is anything but arithmetic of bounded size."""
     if isinstance(node, ast.Name):
         return numbers[int(node.id[1:])]
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -_evaluate(node.operand, numbers)
-    if not isinstance(node, ast.BinOp):
-        raise ValueError("no arithmetic")
+    if isinstance(node, ast.UnaryOp):
+        return {ast.USub: operator.neg}[type(node.op)](_evaluate(node.operand, numbers))
     a, b = _evaluate(node.left, numbers), _evaluate(node.right, numbers)
-    if not isinstance(node.op, ast.Pow):
-        value = _OPERATORS[type(node.op)](a, b)
-    elif b.denominator == 1 and abs(b) <= 60:
-        value = a ** int(b)
-    else:
+    if isinstance(node.op, ast.Pow) and (b.denominator != 1 or abs(b) > 60):
         raise ValueError("not a power to compute")
+    value = _OPERATORS[type(node.op)](a, b)
     if max(value.numerator.bit_length(), value.denominator.bit_length()) > LARGEST:
         raise ValueError("too large")
     return value

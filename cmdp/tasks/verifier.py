@@ -27,6 +27,7 @@ _READABLE = re.compile(
     rf"(?:\\(?:{'|'.join(_COMMANDS.split())})(?![A-Za-z])|\\(?:begin|end)\{{[pbvB]?matrix\}}|\\[\\{{}}]"
     r"|[0-9 +\-*/^_(){}\[\]|.,=<>!&]|(?<![A-Za-z])[A-Za-z]{1,3}(?![A-Za-z]))+"
 )
+_NAME = re.compile(r"[A-Za-z]{1,12}(?:_\{?\w{1,4}\}?)?")
 _REFUSED = re.compile(  # exponents and factorials of many digits, towers, and numbers with a base
     r"[0-9]{60,}|(?:\^|\*\*)[\s{(+-]*[0-9]{5,}|[0-9]{4,}[\s)}]*!|![\s)}]*!|[0-9][\s}]*_"
     r"|[0-9][\s)}]*(?:\^|\*\*)[\s{(+-]*[0-9]+[\s)}]*(?:\^|\*\*|!)"
@@ -35,7 +36,7 @@ _REFUSED = re.compile(  # exponents and factorials of many digits, towers, and n
 
 def is_readable(text: str) -> bool:
     """Whether the parser may see it: whitelisted LaTeX, names of at most three letters, nothing huge or deep."""
-    deepest = max(accumulate((character in "{([") - (character in "})]") for character in text))
+    deepest = max(accumulate((c in "{([") - (c in "})]") for c in text), default=0)
     return bool(deepest <= 12 and _READABLE.fullmatch(text) and not _REFUSED.search(text))
 
 
@@ -47,14 +48,9 @@ class Verifier:
 
     def start(self) -> None:
         # Neither forked (torch may be loaded) nor by multiprocessing, which would run the caller's main module again
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-B", __file__],
-            env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        variables = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+        self.process = subprocess.Popen([sys.executable, "-P", "-B", __file__], env=variables, **pipes)
         self.owner = os.getpid()
         if not self.process.stdout.readline():
             raise RuntimeError("math-verify does not start: is it installed (`pip install math-verify`)?")
@@ -103,9 +99,9 @@ def lock_down() -> None:
         for name, replacement in (("lambdify", refuse), ("parse_expr", read_number)):
             if name in getattr(module, "__dict__", {}):
                 setattr(module, name, replacement)
-    for name, limit in (("AS", MEMORY), ("FSIZE", 0), ("NPROC", 0)):
+    for kind, limit in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NPROC, 0)):
         with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
+            resource.setrlimit(kind, (limit, limit))
     # SymPy's own generated code, sums and products of tuples' items
     generated = re.compile(rb"def monomial_[a-z]+\([ABk, ]*\):\n[ABNa-z0-9\s(),=+*<>:-]*")
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -147,7 +143,7 @@ def serve() -> None:
         is_real = not grader.should_treat_as_complex(text)
         value = latex2sympy(normalize_latex(text, rules), is_real=is_real, normalization_config=None)
         names = [getattr(atom, "name", str(atom.func)) for atom in value.atoms(Symbol, AppliedUndef)]
-        if not is_readable(text) or not all(re.fullmatch(r"[A-Za-z]{1,12}(?:_\{?\w{1,4}\}?)?", name) for name in names):
+        if not is_readable(text) or not all(_NAME.fullmatch(name) for name in names):
             raise ValueError("a name that is none")
         return value
 
