@@ -40,20 +40,10 @@ def build_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
 def build_model(tokenizer: PreTrainedTokenizerBase, layers: int, hidden: int, heads: int, seed: int) -> PreTrainedModel:
     """A Llama of random weights over the tokenizer's ids: `layers` blocks of width `hidden`."""
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
-        )
-    )
+    shape = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers}
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    fixed = {"max_position_embeddings": 256, "tie_word_embeddings": True, "num_attention_heads": heads}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, **fixed, **ids))
 
 
 LORA = {"r": 16, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear"}
@@ -97,6 +87,11 @@ class ModelSpec:
         if not Path(model).is_dir():  # a Hub id
             named["revision"] = self.revision
         return {"pretrained_model_name_or_path": model, "local_files_only": offline(), **named}
+
+    def files(self) -> list[Path]:
+        """The local files of the model and its adapter."""
+        found = [Path(source) for source in (self.model, self.adapter) if source and Path(source).exists()]
+        return [file for path in found for file in ([path] if path.is_file() else path.iterdir()) if file.is_file()]
 
 
 def check_specs(student: ModelSpec, teacher: ModelSpec) -> None:
@@ -146,12 +141,8 @@ def load_base(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> PreT
     if spec.four_bit:
         from transformers import BitsAndBytesConfig
 
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **nf4)
     # several processes without 4 bits may be FSDP's or DeepSpeed's, which place the weights themselves
     if spec.four_bit or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         options["device_map"] = {"": device}
@@ -241,14 +232,11 @@ def same_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def prune(source: str, without: list[int], target: Path) -> tuple[int, int]:
-    """Write the model `source` less the layers `without` to the new folder `target`, in float32, with its tokenizer.
-
-    Args:
-        source: a Hub id, a local folder or a GGUF file.
-        without: layers, counted from 0.
+    """Write the model `source` (a Hub id, folder or GGUF file) less the layers `without`, counted from 0, to the new
+    folder `target`, in float32, with its tokenizer.
 
     Returns:
-        parameters before and after.
+        Parameters before and after.
 
     Raises:
         ValueError: `target` exists, or a layer does not.
@@ -289,11 +277,9 @@ def _load_gguf(where: dict, dtype: torch.dtype) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.load_state_dict(loaded.state_dict(), strict=False, assign=True)
     model.tie_weights()
-    buffers = dict(loaded.named_buffers())  # those that a state dict leaves out
-    for name, buffer in list(model.named_buffers()):
-        if buffer.is_meta:
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, buffers[name])
+    for name, buffer in loaded.named_buffers():  # those that a state dict leaves out
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer)
     model.generation_config = loaded.generation_config
     return model
 

@@ -1,9 +1,8 @@
-"""One way to train, for a profile, a pipeline stage and the command line.
+"""One way to train, for a parameter file, a pipeline stage and a notebook.
 
 An experiment is one parameter file: a task, a student, a teacher, a budget, settings of the trainer, and named runs,
 each a method with settings of its own. `cmdp train --config profiles/laptop.yaml` trains and measures all of its runs:
-trained students go to models/NAME/RUN/SEED, results to results/NAME. What is finished is not done again; what was
-interrupted resumes from its last checkpoint.
+students go to models/NAME/RUN/SEED, results to results/NAME. Finished runs are not repeated; interrupted ones resume.
 """
 
 import contextlib
@@ -21,26 +20,16 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cmdp import storage
 from cmdp.methods import METHODS, START, TRL, check_method
 from cmdp.models import ModelSpec, check_specs, load_pair, pick_device, pick_dtype, shared_tokenizer
 from cmdp.statistics import summarise
-from cmdp.storage import (
-    checkpoint_folder,
-    fingerprint,
-    provenance,
-    read_yaml,
-    whole,
-    write_json,
-    write_table,
-    write_text,
-)
 from cmdp.tasks import load_problems, load_task
 
 MODELS, RESULTS = Path("models"), Path("results")
 RECORD, TRAINING = "cmdp.json", "training.csv"  # beside a trained student's weights
 PHASES = ("time/generation", "time/scoring", "time/update")  # of a step, seconds
-# Columns of a training log that depend on the seed alone; the others are times
-LOGGED = (
+LOGGED = (  # columns of a training log that depend on the seed alone
     *("step", "task_reward", "modified_reward", "csr", "cost/mean", "cost/q50", "cost/q90", "kl_per_token"),
     *("remaining_budget", "over_budget_tokens", "lambda", "entropy", "completions/mean_length"),
     *("loss/policy", "loss/single_step", "grad_norm"),
@@ -57,7 +46,7 @@ class Budget:
 
 @dataclass
 class Evaluation:
-    """What is measured of a trained student."""
+    """What is measured of a trained student: `samples` completions of each of the first `prompts` of `split`."""
 
     prompts: int
     samples: int
@@ -92,11 +81,7 @@ class Experiment:
 
     def problems(self, split: str, tokenizer) -> list[dict]:
         """The problems of a split whose prompts have at most `task.prompt_length` tokens. Prompts begin with the token
-        that starts every text of the tokenizer, if there is one.
-
-        Raises:
-            ValueError: none is left.
-        """
+        that starts every text of the tokenizer, if there is one. Raises `ValueError` if none is left."""
         problems, longest = load_problems(self.task, tokenizer)[split], self.task.get("prompt_length")
         start = tokenizer.bos_token or ""
         if start and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
@@ -119,11 +104,9 @@ def read(path: Path, *overrides: str) -> Experiment:
         FileNotFoundError: there is no such file.
         ValueError: an unknown section, field, method or task, or a value of the wrong type or range; one line.
     """
-    content = read_yaml(path, *overrides)
+    content = storage.read_yaml(path, *overrides) | {"name": path.stem}
     try:
-        experiment = OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(Experiment), content | {"name": path.stem})
-        )
+        experiment = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Experiment), content))
     except OmegaConfBaseException as error:
         said = str(error.msg or error).partition("\n")[0]
         raise ValueError(f"{path}: {error.full_key or 'the file'}: {said}") from error
@@ -139,11 +122,8 @@ def read(path: Path, *overrides: str) -> Experiment:
 
 
 def build_config(settings: dict[str, Any]):
-    """The `CMDPConfig` that `settings` state, with values converted to the fields' types.
-
-    Raises:
-        ValueError: an unknown field, or a value that does not convert or is out of range.
-    """
+    """The `CMDPConfig` of `settings`, values converted to the fields' types. Raises `ValueError` for an unknown field,
+    or a value that does not convert or is out of range."""
     from trl import TrlParser
 
     from cmdp.trainer import CMDPConfig
@@ -165,24 +145,13 @@ def build_config(settings: dict[str, Any]):
     return config
 
 
-def distil(
-    method: str,
-    student,
-    teacher,
-    tokenizer,
-    problems: list[dict[str, str]],
-    is_correct,
-    checkpoints: Path,
-    resume: bool,
-    settings: dict[str, Any],
-) -> list[dict]:
-    """Distil `teacher` into `student`, in place.
+def distil(method: str, student, teacher, tokenizer, problems, is_correct, checkpoints, resume, settings) -> list[dict]:
+    """Distil `teacher` into `student`, in place, by a method.
 
     Args:
-        method: a key of `METHODS`, or one of `TRL`.
-        problems: training prompts with their answers.
+        problems: training prompts with their answers, rows with `prompt` and `answer`.
         is_correct: the task reward, `(completion, answer) -> bool`.
-        resume: go on from the last of `checkpoints`.
+        checkpoints, resume: the folder of checkpoints, and whether to go on from the last of them.
         settings: fields of `CMDPConfig`; they take precedence over the method's own.
 
     Returns:
@@ -204,11 +173,11 @@ def distil(
     if method in TRL:  # given what of the settings they know: reverse KL, no KL to a reference
         kind = GRPOConfig if method == "trl-grpo" else DistillationConfig
         known = {entry.name for entry in dataclasses.fields(kind)} - {"beta"}
-        args = kind(**{name: getattr(config, name) for name in settings if name in known})
+        config = kind(**{name: getattr(config, name) for name in settings if name in known})
     if method == "trl-grpo":
-        trainer = GRPOTrainer(student, task_reward, args, **data)
+        trainer = GRPOTrainer(student, task_reward, config, **data)
     elif method == "trl-gkd":
-        trainer = DistillationTrainer(student, teacher, args=args, **data)
+        trainer = DistillationTrainer(student, teacher, args=config, **data)
     else:
         trainer = CMDPTrainer(student, teacher, task_reward, config, **data)
     last = get_last_checkpoint(str(checkpoints)) if resume else None
@@ -223,15 +192,17 @@ def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -
     """Train one run with one seed, unless that is done.
 
     Args:
-        check_fit: sum up the memory that training takes first, print it, and raise if the device has less.
+        check_fit: first print the memory that training takes, and raise if the device has less.
 
     Returns:
-        The trained student's folder: weights (an adapter alone, where it trains one), tokenizer, the log in
-        `training.csv`, and `cmdp.json` (what it was trained with, and on).
+        The student's folder: weights (an adapter alone, where it trains one), tokenizer, the log in `training.csv`, and
+        `cmdp.json` (what it was trained with, and on).
 
     Raises:
         ValueError: no such run, different vocabularies, no prompt short enough, or too little memory.
     """
+    import torch
+    from accelerate import PartialState
     from accelerate.utils import set_seed
 
     from cmdp.memory import GIB, taken
@@ -243,35 +214,54 @@ def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -
     specs = experiment.student, experiment.teacher
     problems = experiment.problems("train", shared_tokenizer(*specs))
     made_from = {"method": method, "settings": settings, "problems": problems, "models": [*map(vars, specs)]}
-    made_by = fingerprint(made_from, [file for spec in specs for file in _files(spec)])
+    made_by = storage.fingerprint(made_from, [file for spec in specs for file in spec.files()])
     if (folder / RECORD).is_file() and json.loads((folder / RECORD).read_text())["fingerprint"] == made_by:
         print(f"{folder} is finished.")
         return folder
-    with _main_process_first(use_cpu):
-        checkpoints, resume = checkpoint_folder(f"{experiment.name}/{run}/{seed}", made_by)
+    together = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    with PartialState(cpu=use_cpu).main_process_first() if together else contextlib.nullcontext():
+        checkpoints, resume = storage.checkpoint_folder(f"{experiment.name}/{run}/{seed}", made_by)
     memory = fit(experiment, run) if check_fit else {}
     set_seed(seed)  # a new adapter's weights are drawn
     student, teacher, tokenizer = load_pair(*specs, use_cpu)
-    device, log = student.device, []
+    device, dtype, log = student.device, pick_dtype(student.device), []
     if method != START:
+        settings = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16, **settings}
+        is_correct, plain = load_task(experiment.task["name"]).is_correct, _plain(tokenizer)
         with steps_to(checkpoints / "steps.txt"):
-            is_correct, plain = load_task(experiment.task["name"]).is_correct, _plain(tokenizer)
-            settings = {**_precision(device), **settings}
             log = distil(method, student, teacher, plain, problems, is_correct, checkpoints, resume, settings)
     if int(os.environ.get("RANK", "0")) > 0:
         return folder
     record = {"run": run, "method": method, "seed": seed, "settings": settings, "task": experiment.task}
     record |= {"student": specs[0].model, "gguf_file": specs[0].gguf_file, "revision": specs[0].revision}
     record |= {"teacher": specs[1].model, "parameters": student.num_parameters()}
-    record |= {"memory": memory and memory | {"taken_gib": taken(device) / GIB}, "provenance": provenance()}
+    record |= {"memory": memory and memory | {"taken_gib": taken(device) / GIB}, "provenance": storage.provenance()}
     record |= {"fingerprint": made_by, "measured": None}
-    with whole(folder) as unfinished:
+    with storage.whole(folder) as unfinished:
         student.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        write_table(pd.DataFrame(log or {"step": []}), unfinished / TRAINING)
-        write_json(record, unfinished / RECORD)
+        storage.write_table(pd.DataFrame(log or {"step": []}), unfinished / TRAINING)
+        storage.write_json(record, unfinished / RECORD)
     shutil.rmtree(checkpoints)
     return folder
+
+
+def fit(experiment: Experiment, run: str) -> dict[str, Any]:
+    """Print the memory that training a run takes, from the models' configurations alone, and raise `ValueError` if the
+    device has less. Returns what a record says of it."""
+    import torch
+
+    from cmdp.memory import GIB, check_memory, device_memory, device_name, memory_sum, peak
+
+    settings, specs = experiment.settings(run, 0), (experiment.student, experiment.teacher)
+    shared_tokenizer(*specs)  # raises if no divergence is defined
+    device = pick_device(settings.get("use_cpu", False))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    available, longest = device_memory(device), experiment.task["prompt_length"]
+    items = memory_sum(*specs, settings, longest, device.type, pick_dtype(device), available)
+    check_memory(items, available)
+    return {"device": device_name(device), "threads": torch.get_num_threads(), "summed_gib": peak(items) / GIB}
 
 
 def load_trained(experiment: Experiment, run: str, seed: int) -> tuple:
@@ -287,10 +277,8 @@ def load_trained(experiment: Experiment, run: str, seed: int) -> tuple:
     return student.get_base_model() if hasattr(student, "get_base_model") else student, teacher, tokenizer
 
 
-def measure(
-    experiment: Experiment, pair: tuple, seed: int, problems: list[dict] | None = None, **changes
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Completions and positions of one (student, teacher, tokenizer), as `evaluation.evaluate` gives them.
+def measure(experiment: Experiment, pair: tuple, seed: int, problems: list[dict] | None = None, **changes) -> tuple:
+    """(completions, positions) of one (student, teacher, tokenizer), as `evaluation.evaluate` gives them.
 
     Args:
         problems: those of the experiment's `evaluate` section unless given.
@@ -316,43 +304,40 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
     from accelerate.utils import release_memory
 
     results = RESULTS / experiment.name
-    for run in runs:
-        for seed in seeds:
-            folder = train(experiment, run, seed)
-            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-            if record["measured"]:
-                continue
-            pair = load_trained(experiment, run, seed)
-            completions, positions = measure(experiment, pair, seed)
-            problems = experiment.problems(experiment.evaluate.split, pair[-1])
-            texts = completions.query("decoding == 'sampled'")[["prompt", "completion"]]
-            texts = texts.assign(prompt=[problems[index]["prompt"] for index in texts["prompt"]])  # what `judge` reads
-            training = pd.read_csv(folder / TRAINING).reindex(columns=[*LOGGED, *PHASES]).dropna(subset="csr")
-            tables = {"completions": completions.drop(columns="completion"), "positions": positions, "texts": texts}
-            for name, table in (tables | {"training": training}).items():
-                table = table.assign(run=run, seed=seed)
-                write_table(table[["run", "seed", *table.columns[:-2]]], results / name / run / f"{seed}.csv")
-            summary = summarise(tables["completions"].assign(run=run, seed=seed), **vars(experiment.budget))
-            measured = summary.set_index("measure")[["mean", "low", "high"]].to_dict("index")
-            write_json(
-                record | {"measured": measured | {"prompts": experiment.evaluate.prompts, "seeds": 1}}, folder / RECORD
-            )
-            write_json(record["memory"], results / "memory" / run / f"{seed}.json")
-            print(f"{run}, seed {seed}: weights in {folder}, completions in {results}/completions/{run}/{seed}.csv")
-            release_memory(pair)
+    for run, seed in [(run, seed) for run in runs for seed in seeds]:
+        folder = train(experiment, run, seed)
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        if record["measured"]:
+            continue
+        pair = load_trained(experiment, run, seed)
+        completions, positions = measure(experiment, pair, seed)
+        problems = experiment.problems(experiment.evaluate.split, pair[-1])
+        texts = completions.query("decoding == 'sampled'")[["prompt", "completion"]]
+        texts = texts.assign(prompt=[problems[index]["prompt"] for index in texts["prompt"]])  # what `judge` reads
+        training = pd.read_csv(folder / TRAINING).reindex(columns=[*LOGGED, *PHASES]).dropna(subset="csr")
+        tables = {"completions": completions.drop(columns="completion"), "positions": positions, "texts": texts}
+        for name, table in (tables | {"training": training}).items():
+            table = table.assign(run=run, seed=seed)
+            storage.write_table(table[["run", "seed", *table.columns[:-2]]], results / name / run / f"{seed}.csv")
+        summary = summarise(tables["completions"].assign(run=run, seed=seed), **vars(experiment.budget))
+        record["measured"] = summary.set_index("measure")[["mean", "low", "high"]].to_dict("index")
+        record["measured"] |= {"prompts": experiment.evaluate.prompts, "seeds": 1}
+        storage.write_json(record["memory"], results / "memory" / run / f"{seed}.json")
+        storage.write_json(record, folder / RECORD)
+        print(f"{run}, seed {seed}: weights in {folder}, completions in {results}/completions/{run}/{seed}.csv")
+        release_memory(pair)
     summary = summarise(gather(results, "completions"), **vars(experiment.budget))
-    write_table(summary, results / "summary.csv")
+    storage.write_table(summary, results / "summary.csv")
     times = gather(results, "training").reindex(columns=["run", *PHASES]).groupby("run", sort=False).median()
-    write_table(times.reset_index(), results / "timing.csv")
-    write_json(provenance(), results / "provenance.json")
-    write_text(yaml.safe_dump(dataclasses.asdict(experiment), sort_keys=False), results / "profile.yaml")
+    storage.write_table(times.reset_index(), results / "timing.csv")
+    storage.write_json(storage.provenance(), results / "provenance.json")
+    storage.write_text(yaml.safe_dump(dataclasses.asdict(experiment), sort_keys=False), results / "profile.yaml")
     print(f"Summary of {summary['run'].nunique()} runs: {results}/summary.csv")
 
 
 def gather(results: Path, table: str) -> pd.DataFrame:
     """One table of all runs and seeds measured so far."""
-    tables = [pd.read_csv(path) for path in sorted((results / table).glob("*/*.csv"))]
-    return pd.concat(tables, ignore_index=True)
+    return pd.concat([pd.read_csv(path) for path in sorted((results / table).glob("*/*.csv"))], ignore_index=True)
 
 
 @contextlib.contextmanager
@@ -363,48 +348,9 @@ def steps_to(path: Path):
         yield
 
 
-def fit(experiment: Experiment, run: str) -> dict[str, Any]:
-    """Print the memory that training a run takes, from the models' configurations alone, and raise `ValueError` if the
-    device has less. Returns what a record says of it."""
-    import torch
-
-    from cmdp.memory import GIB, check_memory, device_memory, device_name, memory_sum, peak
-
-    settings, specs = experiment.settings(run, 0), (experiment.student, experiment.teacher)
-    shared_tokenizer(*specs)  # raises if no divergence is defined
-    device = pick_device(settings.get("use_cpu", False))
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    available, longest = device_memory(device), experiment.task["prompt_length"]
-    items = memory_sum(*specs, settings, longest, device.type, pick_dtype(device), available)
-    check_memory(items, available)
-    return {"device": device_name(device), "threads": torch.get_num_threads(), "summed_gib": peak(items) / GIB}
-
-
 def _plain(tokenizer):
     """A copy that adds no special tokens to a text, since prompts bring them along: TRL tokenises without saying so."""
     tokenizer = copy.deepcopy(tokenizer)
     if tokenizer("a").input_ids != tokenizer("a", add_special_tokens=False).input_ids:
         tokenizer.backend_tokenizer.post_processor = None
     return tokenizer
-
-
-def _precision(device) -> dict[str, bool]:
-    """The trainer's flags for the dtype that `device` computes in."""
-    dtype = str(pick_dtype(device))
-    return {"bf16": dtype == "torch.bfloat16", "fp16": dtype == "torch.float16"}
-
-
-def _files(spec: ModelSpec) -> list[Path]:
-    """The local files of a model and its adapter."""
-    found = [Path(source) for source in (spec.model, spec.adapter) if source and Path(source).exists()]
-    return [file for path in found for file in ([path] if path.is_file() else path.iterdir()) if file.is_file()]
-
-
-def _main_process_first(use_cpu: bool):
-    """Where several processes train together, a context that the first of them goes through before the others."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return contextlib.nullcontext()
-    from accelerate import PartialState
-
-    return PartialState(cpu=use_cpu).main_process_first()

@@ -79,7 +79,7 @@ def gather(table: str, runs: dict[str, Row], root: Path = RESULTS / "runs") -> p
         if not path.is_file():
             raise FileNotFoundError(f"There is no {path}: run `dvc repro run@{row.key}` first.")
         tables.append(pd.read_csv(path, keep_default_na=table != "completions").assign(run=row.name))
-    gathered = pd.concat([table for table in tables if len(table)], ignore_index=True)
+    gathered = pd.concat([table for table in tables if len(table)] or tables, ignore_index=True)
     return gathered[["run", *gathered.columns.drop("run")]]
 
 

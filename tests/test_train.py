@@ -133,7 +133,7 @@ def test_a_run_cut_off_after_its_last_checkpoint_takes_no_further_step(small, mo
     whole = (train.train(experiment, "cmdp", 0) / "adapter_model.safetensors").read_bytes()
     shutil.rmtree("models")
     with monkeypatch.context() as patched:
-        patched.setattr(train, "whole", lambda folder: (_ for _ in ()).throw(OSError("the power is gone")))
+        patched.setattr(train.storage, "whole", lambda folder: (_ for _ in ()).throw(OSError("the power is gone")))
         with pytest.raises(OSError, match="the power is gone"):
             train.train(experiment, "cmdp", 0)
     monkeypatch.setattr(CMDPTrainer, "training_step", lambda *_: pytest.fail("a step beyond the last"))
