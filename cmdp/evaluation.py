@@ -4,12 +4,10 @@ The result is a table with one row per completion. Budget-dependent metrics are 
 one evaluation serves the whole frontier.
 """
 
-from types import ModuleType
-
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig
 
 from cmdp.divergence import TILE, divergence_from_hidden, lm_head
 from cmdp.reward import cumulative_cost, modified_reward, trajectory_budget
@@ -19,18 +17,13 @@ QUANTILES = (0.1, 0.5, 0.9)  # of the cumulative cost at each position
 
 @torch.no_grad()
 def evaluate(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: ModuleType,
-    problems: list[dict[str, str]],
-    samples: int,
-    max_completion_length: int,
-    batch_size: int,
-    seed: int,
-    greedy: bool = True,
+    student, teacher, tokenizer, task, problems, samples, max_completion_length, batch_size, seed, greedy=True
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Sample `samples` completions per problem at temperature 1, and with `greedy` one more greedily.
+
+    Args:
+        task: a module of `cmdp.tasks`, or anything with its `is_correct` and `steps_are_valid`.
+        problems: rows with `prompt` and `answer`.
 
     Returns:
         completions: one row per completion: `prompt` (index), `decoding`, `correct`, `valid` (every step right),
@@ -47,43 +40,40 @@ def evaluate(
         order = [index for index in range(len(problems)) for _ in range(repeats)]
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
-            batch = [problems[index] for index in indices]
+            prompts, answers = ([problems[index][key] for index in indices] for key in ("prompt", "answer"))
             ids, attention, completion_ids, mask, ended = generate(
-                student, tokenizer, [row["prompt"] for row in batch], decoding == "sampled", max_completion_length
+                student, tokenizer, prompts, decoding == "sampled", max_completion_length
             )
             cost, entropy, log_probs = score(student, teacher, len(tokenizer), ids, attention, mask)
             texts = tokenizer.batch_decode(completion_ids.masked_fill(mask == 0, tokenizer.pad_token_id), True)
             length = mask.sum(dim=1)
-            columns = {
-                "prompt": indices,
-                "decoding": decoding,
-                "correct": [int(task.is_correct(text, row["answer"])) for text, row in zip(texts, batch, strict=True)],
-                "valid": [int(task.steps_are_valid(t, row["prompt"])) for t, row in zip(texts, batch, strict=True)],
-                "tokens": length.tolist(),
-                "truncated": (~ended).int().tolist(),
-                "entropy": (entropy.sum(dim=1) / length.clamp(min=1)).tolist(),
-                "cost": cost.sum(dim=1).tolist(),
-                "peak": cost.amax(dim=1).tolist(),
-            }
+            table = pd.DataFrame({"prompt": indices, "decoding": decoding})
+            table["correct"] = [int(task.is_correct(*pair)) for pair in zip(texts, answers, strict=True)]
+            table["valid"] = [int(task.steps_are_valid(*pair)) for pair in zip(texts, prompts, strict=True)]
+            table["tokens"], table["truncated"] = length.tolist(), (~ended).int().tolist()
+            table["entropy"] = (entropy.sum(dim=1) / length.clamp(min=1)).tolist()
+            table["cost"], table["peak"] = cost.sum(dim=1).tolist(), cost.amax(dim=1).tolist()
             if hasattr(task, "style"):
-                answer = (length - 2).clamp(min=0)
-                columns["confidence"] = log_probs.gather(1, answer[:, None])[:, 0].exp().tolist()
-                columns["style"] = [task.style(text) for text in texts]
-            tables.append(pd.DataFrame(columns | {"completion": texts}))
+                last = (length - 2).clamp(min=0)
+                table["confidence"] = log_probs.gather(1, last[:, None])[:, 0].exp().tolist()
+                table["style"] = [task.style(text) for text in texts]
+            tables.append(table.assign(completion=texts))
             if decoding == "sampled":
                 total = cumulative_cost(cost, mask)
                 total = torch.cat([total, total[:, -1:].expand(-1, max_completion_length - mask.shape[1])], dim=1)
                 curves.append((total.cpu(), length.cpu()))
-    return pd.concat(tables, ignore_index=True), _positions(curves)
+    return pd.concat(tables, ignore_index=True), _positions(*map(torch.cat, zip(*curves, strict=True)))
 
 
-def generate(
-    student: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    sample: bool,
-    max_completion_length: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _positions(total: Tensor, length: Tensor) -> pd.DataFrame:
+    quantiles = total.quantile(torch.tensor(QUANTILES), dim=0)
+    table = pd.DataFrame({"position": range(1, total.shape[1] + 1)})
+    table["count"] = [(length > t).sum().item() for t in range(total.shape[1])]
+    table["mean"] = total.mean(dim=0).tolist()
+    return table.assign(**{f"q{int(100 * q)}": row.tolist() for q, row in zip(QUANTILES, quantiles, strict=True)})
+
+
+def generate(student, tokenizer, prompts: list[str], sample: bool, max_completion_length: int) -> tuple[Tensor, ...]:
     """Complete `prompts`, at temperature 1 or greedily. A completion stops at the tokenizer's end token and at every
     end token of the model's generation config, whose other settings (top_p, penalties) are not used.
 
@@ -95,14 +85,9 @@ def generate(
     named = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     ends = sorted({tokenizer.eos_token_id, *named} - {None})
     encoded = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(student.device)
-    config = GenerationConfig(
-        max_new_tokens=max_completion_length,
-        do_sample=sample,
-        temperature=1.0 if sample else None,
-        top_k=0 if sample else None,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=ends,
-    )
+    sampling = {"do_sample": sample, "temperature": 1.0 if sample else None, "top_k": 0 if sample else None}
+    tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
+    config = GenerationConfig(max_new_tokens=max_completion_length, **sampling, **tokens)
     student.generation_config = GenerationConfig()  # it would fill in what `config` leaves open
     try:
         ids = student.generate(encoded.input_ids, attention_mask=encoded.attention_mask, generation_config=config)
@@ -114,9 +99,7 @@ def generate(
     return ids, torch.cat([encoded.attention_mask, mask], dim=1), completion_ids, mask, (is_end * mask).any(dim=1)
 
 
-def score(
-    student: PreTrainedModel, teacher: PreTrainedModel, vocab_size: int, ids: Tensor, attention: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def score(student, teacher, vocab_size: int, ids: Tensor, attention: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
     """At each completion token the reverse KL to the teacher, the student's entropy, and its log-probability of the
     token, in nats: (B, T) each, 0 off the mask."""
     keep = mask.shape[1]
@@ -135,57 +118,29 @@ def score(
     return cost, *(torch.zeros_like(cost).masked_scatter(on, torch.cat(x)) for x in (entropies, log_probs))
 
 
+@torch.no_grad()
 def ledger(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    problem: dict[str, str],
-    task: ModuleType,
-    settings: dict,
-    max_completion_length: int,
-    seed: int,
+    student, teacher, tokenizer, problem, task, settings: dict, max_completion_length: int, seed: int
 ) -> pd.DataFrame:
-    """Sample one completion and account for it token by token.
+    """Sample one completion and account for it token by token: `token`, its `cost`, the `cumulative` cost C_t, the
+    `remaining` budget z_t (nats), and what the `exhausted` and `overshoot` forms of the modified reward pay for it.
 
     Args:
-        settings: `budget`, `budget_form`, `lam` and, optionally, `penalty`.
-
-    Returns:
-        One row per token: `token`, its `cost`, the `cumulative` cost C_t and the `remaining` budget z_t in nats, and
-        what two forms of the modified reward pay for it, `exhausted` and `overshoot`.
+        settings: `budget`, `budget_form` and `lam`.
     """
     torch.manual_seed(seed)
-    with torch.no_grad():
-        ids, attention, completion_ids, mask, _ = generate(
-            student, tokenizer, [problem["prompt"]], True, max_completion_length
-        )
-        cost, _, _ = score(student, teacher, len(tokenizer), ids, attention, mask)
+    ids, attention, completion_ids, mask, _ = generate(
+        student, tokenizer, [problem["prompt"]], True, max_completion_length
+    )
+    cost, _, _ = score(student, teacher, len(tokenizer), ids, attention, mask)
     text = tokenizer.decode(completion_ids[0], skip_special_tokens=True)
     correct = torch.tensor([float(task.is_correct(text, problem["answer"]))])
     budget = trajectory_budget(settings["budget"], mask, settings["budget_form"])
-    length, strengths = int(mask.sum()), {"lam": settings["lam"], "penalty": settings.get("penalty", 0.0)}
-    forms = {
-        form: modified_reward(correct, cost, mask, budget, form=form, **strengths)
-        for form in ("exhausted", "overshoot")
-    }
-    total = cumulative_cost(cost, mask)[0, :length]
-    return pd.DataFrame(
-        {
-            "token": tokenizer.convert_ids_to_tokens(completion_ids[0, :length]),
-            "cost": cost[0, :length],
-            "cumulative": total,
-            "remaining": budget[0] - total,
-            **{form: modified.reward[0, :length] for form, modified in forms.items()},
-        }
-    )
-
-
-def _positions(curves: list[tuple[Tensor, Tensor]]) -> pd.DataFrame:
-    total, length = (torch.cat(column) for column in zip(*curves, strict=True))
-    quantiles = total.quantile(torch.tensor(QUANTILES), dim=0)
-    table = {
-        "position": range(1, total.shape[1] + 1),
-        "count": [(length > t).sum().item() for t in range(total.shape[1])],
-        "mean": total.mean(dim=0).tolist(),
-    }
-    return pd.DataFrame(table | {f"q{int(100 * q)}": row.tolist() for q, row in zip(QUANTILES, quantiles, strict=True)})
+    length, total = int(mask.sum()), cumulative_cost(cost, mask)
+    table = pd.DataFrame({"token": tokenizer.convert_ids_to_tokens(completion_ids[0, :length])})
+    table["cost"], table["cumulative"] = cost[0, :length], total[0, :length]
+    table["remaining"] = budget[0] - total[0, :length]
+    for form in ("exhausted", "overshoot"):
+        paid = modified_reward(correct, cost, mask, budget, lam=settings["lam"], form=form)
+        table[form] = paid.reward[0, :length]
+    return table
