@@ -70,6 +70,7 @@ SLOWEST = 15.0  # seconds: 1 of processor time and the start of a process, on a 
         ("#### USD 500\nbye", "500"),
         # what is thought is not said
         ("<think>Is it \\boxed{5}? No.</think>\nThe answer is 18.", "18"),
+        ("[THINK]Is it \\boxed{5}?[/THINK]The answer to the question is 18", "18"),
         ("Is it \\boxed{5}?</think>\nThe answer is 18", "18"),
         # units and words
         ("The answer is 18 dollars.", "18"),
@@ -221,6 +222,8 @@ def test_right_answers_are_recognised_however_they_are_written(completion, answe
         ("\\boxed{52_8}", "52_7"),
         ("\\boxed{1011_2}", "1011_3"),
         ("\\boxed{5_8}", "5"),
+        ("\\boxed{(52)_8}", "(52)_7"),
+        ("\\boxed{(52)_{8}}", "(52)_{7}"),
         # tiny values
         ("#### 0.0000001", "0.0000002"),
         ("\\boxed{\\frac{1}{2^{99}}}", "\\frac{1}{2^{98}}"),

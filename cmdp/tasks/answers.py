@@ -14,10 +14,10 @@ from cmdp.tasks.verifier import verifier
 
 LONGEST = 400  # characters of an answer
 
-_THOUGHT = re.compile(r"<(?:think|thinking|thought|reasoning)>", re.I)
-_THOUGHT_END = re.compile(_THOUGHT.pattern.replace("<", "</"), re.I)
+_THOUGHT = re.compile(r"[<\[](?:think|thinking|thought|reasoning)[>\]]", re.I)
+_THOUGHT_END = re.compile(r"[<\[]/(?:think|thinking|thought|reasoning)[>\]]", re.I)
 _MARK = re.compile(r"####|\\(?:boxed|fbox)(?![A-Za-z])\s*\{?")
-_SAID = re.compile(r"\banswer(?: is)?[\s*]{0,9}(?:is|:|=)", re.I)
+_SAID = re.compile(r"\banswer(?: to (?:the|this|your) \w+)?[\s*]{0,9}(?:is|:|=)", re.I)
 _LABEL = re.compile(r"(?:[\s:*]|\$\$|\\\[)*(?:(?:the |my )?(?:final )?answer\b(?: is)?(?:[\s:=*]|\$\$|\\\[)*)?", re.I)
 _HEADING = re.compile(  # "#### Step 2" with more text below
     r"[ *]*(?:[0-9]{1,2}[.):] +)?(?!(?:the |my )?(?:final )?answer|[A-Z]{2,3} ?[0-9])[A-Z]{2,}.{0,200}\n\s*\S", re.I

@@ -53,14 +53,14 @@ _CHANGES = rf"{NUMBER_WORDS}|per ?cent|cents?|¢|point|am|pm|a\.m|p\.m|o'clock"
 _BEFORE = re.compile(  # what an equation may not follow: an operator in words, a label, a word number
     rf"[0-9]\S*\s+(?!and$)[^\W\d]+$|(?<!total )(?<!sum )(?<!cost )(?<!amount )\bof$|(?<![\w'’])(?:{_CHANGES}"
     r"|[b-hj-z]|by|per|over|than|to|from|less|more|(?:an)?other|additional|extra|step|phase|round|method|option|day|week|month"
-    r"|year|part|no|number|question|problem|case|page|grade|room|level|log|ln|sin|cos|tan|sqrt|max|min|gcd"
+    r"|year|part|no|number|question|problem|case|page|chapter|grade|room|level|away|average|mean|log|ln|sin|cos|tan|sqrt|max|min|gcd"
     r"|(?:one|two|half) and)s?$",
     re.I,
 )
 _AFTER = re.compile(  # what may not follow it: such a word, "and a half", another quantity, a remainder
     rf"\s*(?:{_CHANGES})s?\b|\s*[b-fi-kn-rt-z](?:\b| ?[0-9])|\s*and\s+(?:an?\b|one\b|half|\(?[0-9]+ ?/)"
     r"|\s*[a-z]+\.?,?\s+(?:and\s+)?[0-9.,]+\s*[a-z]"
-    r"|[^.;!?=]*(?:\b(?:remainder|mod|modulo)\b|[0-9]+(?: \w+)? (?:remain|left)|left ?over)",
+    r"|[^.;!?=]*(?:\b(?:remainder|mod|modulo)\b|[0-9]+(?: \w+)? (?:remain|left)|left ?over|leaving)",
     re.I,
 )
 _CLAUSE = re.compile(r"[.;:!?=]|,\s|\b(?:and|so|then|because|since|which|but)\b")
@@ -126,9 +126,9 @@ def _left(segment: str, is_first: bool) -> str | None:
     if re.match(r"[+*/^)]|-\s", expression) or (clause and expression.startswith("-")):
         return None
     is_label = re.search(r"\b[A-Z]\w*$", clause) and re.match(r"[0-9]+\s*-", expression)  # "Lot 1 - 5 + 3"
-    is_label = is_label or (clause.endswith(" and") and re.match(r"[0-9]+ ?/", expression))  # "1 and 1/4 * 4"
+    is_sum = re.search(r"[0-9] +and$", clause) and (is_first or re.match(r"[0-9]+ ?/", expression))  # "1 and 1/4 * 4"
     if clause:
-        changes = is_label or _BEFORE.search(clause) or _OPERATOR.search(clause)
+        changes = is_label or is_sum or _BEFORE.search(clause) or _OPERATOR.search(clause)
         return expression if gap and clause[-1].isalpha() and not changes else None
     return expression if gap or (before[-1] in ":;(" and not before[-2:-1].isdigit()) else None
 
@@ -150,6 +150,8 @@ def _right(segment: str) -> str | None:
 
 def _holds(left: str, right: str, sign: str) -> bool | None:
     """Whether the equation holds; None where a side is no expression, or a percent sign is missing from one side."""
+    if re.search(r"[+-] *[0-9.,]+ ?%", left) and re.search(r"[0-9](?![0-9.,]| ?%)", left):
+        return None  # "50 + 20%"
     decimals = max((len(part) for part in re.findall(r"\.([0-9]+)", right)), default=0)
     error = Fraction(1, 10**9) if re.search(r"\.[0-9]{10}", left + right) else 0  # relative, of a program's numbers
     for percent in (Fraction(1, 100), Fraction(1)):

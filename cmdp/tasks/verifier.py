@@ -29,7 +29,7 @@ _READABLE = re.compile(
 )
 _NAME = re.compile(r"[A-Za-z]{1,12}(?:_\{?\w{1,4}\}?)?")
 _REFUSED = re.compile(  # exponents and factorials of many digits, towers, and numbers with a base
-    r"[0-9]{60,}|(?:\^|\*\*)[\s{(+-]*[0-9]{5,}|[0-9]{4,}[\s)}]*!|![\s)}]*!|[0-9][\s}]*_"
+    r"[0-9]{60,}|(?:\^|\*\*)[\s{(+-]*[0-9]{5,}|[0-9]{4,}[\s)}]*!|![\s)}]*!|[0-9][\s)}]*_"
     r"|[0-9][\s)}]*(?:\^|\*\*)[\s{(+-]*[0-9]+[\s)}]*(?:\^|\*\*|!)"
 )
 
