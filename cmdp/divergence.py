@@ -1,11 +1,9 @@
 """Divergence of the student from the teacher at each token, in nats (method, section 1).
 
 Three ways to the same quantity: from logits (small vocabularies, theory, tests); from hidden states and LM heads, in
-tiles, so that neither model's (tokens x vocabulary) logits ever exist; and estimated from the log-probabilities of the
-sampled tokens, for a teacher that scores nothing else.
-
-The tiles are TRL's on an accelerator, where its Triton kernels are at home, and our own on a CPU: small enough for the
-cache, and with one projection through the student's head for its log-probabilities, entropy and divergence together.
+tiles, so that neither model's (tokens x vocabulary) logits exist at once; and estimated from the log-probabilities of
+the sampled tokens. On an accelerator the tiles are TRL's Triton kernels; on a CPU they are our own, which fit the cache
+and need one projection through the student's head for log-probabilities, entropy and divergence together.
 """
 
 import functools
@@ -19,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 EXACT = ("reverse_kl", "forward_kl", "jsd")
 SAMPLED = ("k1", "k2", "k3")
 
-TILE = 2**21  # logits in a tile on a CPU: 8 MiB of float32
+TILE = 2**21  # logits per tile on a CPU: 8 MiB of float32
 
 
 class Head(NamedTuple):
@@ -31,21 +29,30 @@ class Head(NamedTuple):
     softcap: float | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., H) -> (..., V)."""
+        """(..., H) -> (..., V), in float32."""
         logits = self.scale * nn.functional.linear(hidden, self.weight, self.bias).float()
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 def lm_head(model: nn.Module, vocab_size: int | None = None) -> Head:
-    """The LM head of a transformers causal language model.
+    """The LM head of a transformers causal language model, unwrapped (not DDP's or FSDP's wrapper). A LoRA adapter on
+    the head is added to its weight, differentiably.
 
     Args:
-        model: the unwrapped model (not DDP's or FSDP's wrapper).
         vocab_size: keep the first so many rows. Heads are often padded past the tokenizer's ids, and differently in
             student and teacher; a softmax over the kept rows is the distribution renormalised to them.
+
+    Raises:
+        ValueError: the head carries an adapter other than plain LoRA.
     """
     head = model.get_output_embeddings()
-    weight, bias = head.weight, head.bias
+    weight, bias = head.weight, head.bias  # PEFT gives a layer with an adapter the weight of its base
+    if hasattr(head, "base_layer") and not (head.disable_adapters or head.merged):
+        adapters = [name for name in head.active_adapters if name in getattr(head, "lora_A", {})]
+        if not hasattr(head, "lora_A") or any(a in head.lora_variant or head.lora_bias[a] for a in adapters):
+            name = next(name for name, module in model.named_modules() if module is head)
+            raise ValueError(f"The adapter on {name} is not plain LoRA: merge it into the model (`merge_and_unload`).")
+        weight = sum((head.get_delta_weight(name) for name in adapters), start=weight).to(weight.dtype)
     if hasattr(weight, "full_tensor"):  # FSDP2 shards the head; one gather, differentiable, serves all tiles
         weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
     config = model.config.get_text_config()
@@ -83,16 +90,13 @@ def divergence_from_hidden(
     jsd_beta: float = 0.5,
     temperature: float = 1.0,
 ) -> Tensor:
-    """D(student || teacher) at each token where `mask` is 1, and 0 elsewhere; differentiable in the student alone.
+    """D(student || teacher) at each token where `mask` is 1, and 0 elsewhere: (B, T) in float32, differentiable in the
+    student alone.
 
     Args:
-        student_hidden: (B, T, H_s), the last hidden states that predict each token.
-        teacher_hidden: (B, T, H_t).
+        student_hidden: (B, T, H_s), the last hidden states that predict each token; the teacher's are (B, T, H_t).
         mask: (B, T).
         temperature: divides both models' logits.
-
-    Returns:
-        (B, T) in float32.
 
     Raises:
         ValueError: the heads have different numbers of rows.
@@ -100,46 +104,26 @@ def divergence_from_hidden(
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     _check_exact(kind, jsd_beta)
-    if student_head.weight.shape[0] != teacher_head.weight.shape[0]:
-        raise ValueError(
-            f"The student's head has {student_head.weight.shape[0]} rows and the teacher's "
-            f"{teacher_head.weight.shape[0]}: pass the tokenizer's size to `lm_head` for both."
-        )
+    rows, others = len(student_head.weight), len(teacher_head.weight)
+    if rows != others:
+        message = f"The student's head has {rows} rows and the teacher's {others}"
+        raise ValueError(f"{message}: pass the tokenizer's size to `lm_head` for both.")
     on = mask != 0
     student_hidden, teacher_hidden = student_hidden[on], teacher_hidden[on]  # (N, H_s), (N, H_t)
     if own_tiles(student_hidden):
         settings = kind, jsd_beta, temperature
         values, _, _ = _in_tiles(student_hidden, student_head, None, teacher_hidden, teacher_head, *settings)
     else:
-        values, _ = ChunkedDivergenceFunction.apply(
-            student_hidden,
-            student_head.weight,
-            student_head.bias,
-            teacher_hidden,
-            teacher_head.weight,
-            teacher_head.bias,
-            {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": jsd_beta}[kind],
-            temperature,
-            student_head.scale,
-            student_head.softcap,
-            teacher_head.scale,
-            teacher_head.softcap,
-        )
+        beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": jsd_beta}[kind]
+        inputs = student_hidden, *student_head[:2], teacher_hidden, *teacher_head[:2]
+        values, _ = ChunkedDivergenceFunction.apply(*inputs, beta, temperature, *student_head[2:], *teacher_head[2:])
     # masked_scatter keeps an all-masked batch connected to the student, with gradient zero
     return values.new_zeros(on.shape).masked_scatter(on, values)
 
 
 def own_tiles(hidden: Tensor) -> bool:
-    """Whether the tiles are ours, and `score_on_cpu` is the way: on a CPU."""
+    """Whether the tiles are ours, and `score_on_cpu` serves: on a CPU."""
     return hidden.device.type == "cpu"
-
-
-class TokenScores(NamedTuple):
-    """What `score_on_cpu` gives, (B, T) each in float32, differentiable in the student."""
-
-    divergence: Tensor  # nats
-    log_probs: Tensor  # of the tokens, under the student
-    entropy: Tensor  # of the student, nats
 
 
 def score_on_cpu(
@@ -153,38 +137,28 @@ def score_on_cpu(
     kind: str = "reverse_kl",
     jsd_beta: float = 0.5,
     temperature: float = 1.0,
-) -> TokenScores:
-    """The student's log-probabilities and entropy at each token where `mask` is 1, and its divergence from the teacher
-    where `where` is; 0 elsewhere. One projection through the student's head serves all three.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The student's divergence from the teacher at each token where `where` is 1, and its log-probability of the token
+    and entropy where `mask` is, (B, T) each in float32; 0 elsewhere. One projection through its head serves all three.
 
     Args:
-        student_hidden: (B, T, H_s), the last hidden states that predict each token.
+        student_hidden, teacher_hidden, temperature: as in `divergence_from_hidden`.
         student_head: with all of its rows: the softmax that the tokens were drawn from.
         tokens: (B, T), ids.
-        teacher_hidden: (B, T, H_t).
         teacher_head: with the rows that the divergence runs over, the student's first so many.
         where: (B, T), 1 at a subset of `mask`.
-        temperature: divides both models' logits.
     """
     _check_exact(kind, jsd_beta)
-    shape, parts = mask.shape, []
+    parts = []
     for on, teacher in ((where != 0, True), ((mask != 0) & (where == 0), False)):
-        values = _in_tiles(
-            student_hidden[on],
-            student_head,
-            tokens[on],
-            teacher_hidden[on] if teacher else None,
-            teacher_head,
-            kind,
-            jsd_beta,
-            temperature,
-        )
-        parts.append([value.new_zeros(shape).masked_scatter(on, value) for value in values])
-    return TokenScores(*(charged + free for charged, free in zip(*parts, strict=True)))
+        hidden = student_hidden[on], student_head, tokens[on], teacher_hidden[on] if teacher else None, teacher_head
+        values = _in_tiles(*hidden, kind, jsd_beta, temperature)
+        parts.append([value.new_zeros(mask.shape).masked_scatter(on, value) for value in values])
+    return tuple(charged + free for charged, free in zip(*parts, strict=True))
 
 
 def _in_tiles(student_hidden, student_head, tokens, teacher_hidden, teacher_head, kind, jsd_beta, temperature) -> list:
-    """Divergence, log-probabilities and entropy of N tokens, a tile of them at a time: three of (N,)."""
+    """Divergence, log-probabilities and entropy of N tokens, one tile of them at a time: three of (N,)."""
 
     def tile(student_hidden, teacher_hidden, tokens):
         teacher_logits = None
@@ -210,7 +184,7 @@ class _LogitScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student_logits, teacher_logits, tokens, kind, jsd_beta):
         policy = student_logits.log_softmax(-1)
-        entropy = -(policy.exp() * policy).sum(-1)
+        entropy = -(policy.exp() * _finite(policy)).sum(-1)
         log_probs = torch.zeros_like(entropy) if tokens is None else policy.gather(-1, tokens[:, None])[:, 0]
         divergence, p, q = torch.zeros_like(entropy), None, None
         if teacher_logits is not None:
@@ -231,13 +205,13 @@ class _LogitScores(torch.autograd.Function):
             gradient -= policy.exp() * by_log_prob[:, None]
             gradient.scatter_add_(-1, tokens[:, None], by_log_prob[:, None])
         if by_entropy is not None:
-            gradient -= policy.exp() * (policy + entropy[:, None]) * by_entropy[:, None]
+            gradient -= policy.exp() * (_finite(policy) + entropy[:, None]) * by_entropy[:, None]
         if by_divergence is not None and q is not None:
             if ctx.kind == "forward_kl":
                 of_divergence = p.exp() - q.exp()
             else:
-                other = q if ctx.kind == "reverse_kl" else _mixture(p, q, ctx.jsd_beta)
-                of_divergence = p.exp() * (p - other - _kl(p, other)[:, None])
+                gap = _log_ratio(p, q if ctx.kind == "reverse_kl" else _mixture(p, q, ctx.jsd_beta))
+                of_divergence = p.exp() * (gap - (p.exp() * gap).sum(-1, keepdim=True))
                 of_divergence *= 1.0 if ctx.kind == "reverse_kl" else 1 - ctx.jsd_beta
             gradient[:, : q.shape[-1]] += of_divergence * by_divergence[:, None]
         return gradient, None, None, None, None
@@ -247,37 +221,42 @@ def sampled_divergence(student_logps: Tensor, teacher_logps: Tensor, kind: str =
     """Estimate of KL(student || teacher) from the sampled tokens' log-probabilities, elementwise.
 
     With u = pi_T / pi_theta at the sampled token: k1 = -log u (unbiased, may be negative), k2 = (log u)^2 / 2,
-    k3 = (u - 1) - log u (unbiased and >= 0). See J. Schulman, "Approximating KL divergence" (2020).
+    k3 = (u - 1) - log u (unbiased and >= 0). See J. Schulman, "Approximating KL divergence" (2020). The expected
+    gradient by the student's log-probability is 0 for k1, that of the reverse KL for k2 and of the forward KL for k3:
+    k2 is the one to charge by its own gradient (`long_term` off), and under ZeRO-3, where none is exact.
     """
     if kind not in SAMPLED:
         raise ValueError(f"A sampled estimator is one of {SAMPLED}, not {kind!r}.")
     log_u = teacher_logps - student_logps
-    if kind == "k1":
-        return -log_u
-    if kind == "k2":
-        return log_u.square() / 2
-    return log_u.expm1() - log_u
+    return {"k1": -log_u, "k2": log_u.square() / 2, "k3": log_u.expm1() - log_u}[kind]
 
 
 def _divergence(p: Tensor, q: Tensor, kind: str, jsd_beta: float) -> Tensor:
     """D of log-probabilities of student and teacher: (..., V), (..., V) -> (...)."""
-    if kind == "reverse_kl":
-        return _kl(p, q)
-    if kind == "forward_kl":
-        return _kl(q, p)
+    if kind != "jsd":
+        return _kl(p, q) if kind == "reverse_kl" else _kl(q, p)
     m = _mixture(p, q, jsd_beta)
     return jsd_beta * _kl(q, m) + (1 - jsd_beta) * _kl(p, m)
 
 
 def _mixture(p: Tensor, q: Tensor, jsd_beta: float) -> Tensor:
     """log((1 - beta) student + beta teacher) of log-probabilities, (..., V)."""
-    floor = torch.finfo(p.dtype).min  # where both are -inf, the gradient of logaddexp is NaN
-    return torch.logaddexp(p.clamp(min=floor) + math.log(1 - jsd_beta), q.clamp(min=floor) + math.log(jsd_beta))
+    return torch.logaddexp(_finite(p) + math.log(1 - jsd_beta), _finite(q) + math.log(jsd_beta))
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) of log-probabilities, with 0 log 0 = 0: (..., V) -> (...)."""
-    return (p.exp() * torch.where(p == -torch.inf, 0.0, p - q)).sum(-1)
+    return (p.exp() * _log_ratio(p, q)).sum(-1)
+
+
+def _log_ratio(p: Tensor, q: Tensor) -> Tensor:
+    """p - q of log-probabilities, 0 where p is impossible: (..., V)."""
+    return torch.where(p == -torch.inf, 0.0, p - q)
+
+
+def _finite(log_probs: Tensor) -> Tensor:
+    """Log-probabilities with the lowest number in place of -inf: its product with probability 0 is 0, not NaN."""
+    return log_probs.clamp(min=torch.finfo(log_probs.dtype).min)
 
 
 def _check_exact(kind: str, jsd_beta: float) -> None:

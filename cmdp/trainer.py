@@ -1,114 +1,124 @@
 """`CMDPTrainer`: constrained distillation as a TRL GRPO trainer with a teacher (method, section 6).
 
-A training step samples a group of completions a prompt, scores them once without gradient with student and teacher,
-which gives the cost of every token, and turns cost and task reward into the modified reward and its group advantage.
-The loss then has two parts. The policy part is TRL's own clipped GRPO loss on those advantages. The single-step part is
-sum_t weight_t D(student || teacher)(s_t), differentiated exactly through the student's distribution; the teacher's
-hidden states from the scoring pass serve it, so that the loss costs one student forward and backward and no second
-teacher forward. Everything else (rollouts by transformers or vLLM, PEFT, quantisation, accelerate, checkpoints,
-loggers) is the library's.
+A training step samples a group of completions per prompt and scores them once, without gradient, with student and
+teacher. That gives the cost of every token; cost and task reward give the modified reward and its group advantage. The
+loss has two parts. The policy part is TRL's clipped GRPO loss on those advantages. The single-step part is
+sum_t weight_t D(student || teacher)(s_t), differentiated through the student's distribution; it reuses the teacher's
+hidden states from the scoring pass, so that the loss costs one student forward and backward and no second teacher
+forward. Everything else (rollouts by transformers or vLLM, PEFT, quantisation, accelerate, checkpoints, loggers) is the
+library's.
 """
 
 import functools
 import math
 import time
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_callback import ExportableState
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from cmdp import divergence as divergences
-from cmdp import reward as budgets
-from cmdp.divergence import EXACT, SAMPLED, Head, divergence_from_hidden, lm_head, sampled_divergence
-from cmdp.reward import CREDITS, FORMS, group_advantages, modified_reward, token_advantages
+from cmdp import reward as rewards
+from cmdp.divergence import EXACT, SAMPLED, Head, lm_head
+from cmdp.reward import CREDITS, FORMS, cumulative_cost, trajectory_budget
 
-# Both parts of the loss must be divided by the same number, and one that no completion's own length enters: with a mean
-# over each completion's tokens (TRL's "grpo"), a long violation would weigh less than a short one.
-LOSS_TYPES = ("dapo", "dr_grpo")
+CHOICES = {
+    "reward_form": FORMS,
+    "divergence": EXACT + SAMPLED,
+    "credit": CREDITS,
+    "scale_rewards": ("none", "group"),
+    "loss_type": ("dapo", "dr_grpo"),  # one normaliser per batch: a mean per sequence would charge long violations less
+    "multi_objective_aggregation": ("sum_then_normalize",),  # one task reward, in [0, 1], is what a violation forfeits
+    "beta": (0.0,),  # the teacher takes the place of GRPO's reference model
+    "top_entropy_quantile": (1.0,),  # this and the next mask the policy part and not the single-step part
+    "off_policy_mask_threshold": (None,),
+    "cast_lm_head_to_fp32": (False,),  # it does not reach the divergence
+}
+
+
+def _option(default, help: str):
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class CMDPConfig(GRPOConfig):
-    """GRPO's configuration, and what the constraint adds. Symbols are those of the method."""
+    """GRPO's configuration, and what the constraint adds. Symbols are those of the method.
 
-    budget: float = field(default=math.inf, metadata={"help": "d in nats (total), or delta in nats a token."})
-    budget_form: str = field(default="total", metadata={"help": "How the budget is stated: total or per_token."})
-    discount: float = field(default=1.0, metadata={"help": "gamma of the cumulative cost."})
-    reward_form: str = field(default="exhausted", metadata={"help": f"One of {FORMS} (reward.py)."})
-    lam: float = field(default=1.0, metadata={"help": "lambda, reward per nat."})
-    penalty: float = field(default=0.0, metadata={"help": "n, charged once to a trajectory that exhausts its budget."})
-    task_weight: float = field(default=1.0, metadata={"help": "Factor of the task reward; 0 distils only."})
-    long_term: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether the policy part is credited with the divergence charged. False leaves the charge to the "
-            "single-step part, as GKD does."
-        },
-    )
-    credit: str = field(default="sequence", metadata={"help": f"How returns are credited: one of {CREDITS}."})
-    margin: float = field(default=0.0, metadata={"help": "Share of the budget that the reward keeps in reserve."})
-    step_budget: float | None = field(
-        default=None,
-        metadata={"help": "d_step, nats: charge what each step exceeds it by, in place of what all exceed d by."},
-    )
-    budget_from: float | None = field(
-        default=None, metadata={"help": "The budget at the first step; it moves linearly to `budget` half-way."}
-    )
-    distil_steps: int = field(default=0, metadata={"help": "Steps of pure distillation before the method begins."})
-    csr_target: float | None = field(
-        default=None,
-        metadata={"help": "Charge all of the divergence, not its overshoot alone, while the batch's CSR is below it."},
-    )
-    dual_rate: float = field(
-        default=0.0, metadata={"help": "lambda rises by this times E[C] - d each step (dual ascent), from `lam`."}
-    )
-    divergence: str = field(default="reverse_kl", metadata={"help": f"One of {EXACT} or, sampled, {SAMPLED}."})
-    jsd_beta: float = field(default=0.5, metadata={"help": "beta of the generalised JSD."})
+    Raises:
+        ValueError: a number out of its range, or settings whose gradient would not be the stated objective's.
+    """
 
-    scale_rewards: str = field(default="none", metadata={"help": "none, or group: divide by the group's deviation."})
+    budget: float = _option(math.inf, "d in nats (total), or delta in nats per token.")
+    budget_form: str = _option("total", "How the budget is stated: total or per_token.")
+    discount: float = _option(1.0, "gamma of the cumulative cost.")
+    reward_form: str = _option("exhausted", f"One of {FORMS} (reward.py).")
+    lam: float = _option(1.0, "lambda, reward per nat.")
+    penalty: float = _option(0.0, "n, charged once to a trajectory that exhausts its budget.")
+    task_weight: float = _option(1.0, "Factor of the task reward; 0 distils only.")
+    long_term: bool = _option(True, "Credit the policy part with the charge; False leaves it to the single-step part.")
+    credit: str = _option("sequence", f"How returns are credited: one of {CREDITS}.")
+    margin: float = _option(0.0, "Share of the budget that the reward keeps in reserve.")
+    step_budget: float | None = _option(None, "d_step: charge each token's nats above it, in place of those above d.")
+    budget_from: float | None = _option(None, "The budget at the first step; it moves linearly to `budget` half-way.")
+    distil_steps: int = _option(0, "Steps of pure distillation before the method begins.")
+    csr_target: float | None = _option(None, "Penalise the full divergence until the batch's CSR reaches this target.")
+    dual_rate: float = _option(0.0, "Dual ascent: lambda rises by this times E[C] - d per step, from `lam`.")
+    divergence: str = _option("reverse_kl", f"One of {EXACT} or, sampled, {SAMPLED}.")
+    jsd_beta: float = _option(0.5, "beta of the generalised JSD.")
+    scale_rewards: str = _option("none", "none, or group: divide the advantages (not the single-step part) like GRPO.")
 
     def __post_init__(self):
         super().__post_init__()
         for limit in (self.budget, self.budget_from, self.step_budget):
-            budgets.check_budget(math.inf if limit is None else limit, self.budget_form)
-        if not 0 <= self.margin < 1:
-            raise ValueError(f"The margin is a share of the budget, 0 <= margin < 1, not {self.margin}.")
-        for name, value, known in (
-            ("reward_form", self.reward_form, FORMS),
-            ("divergence", self.divergence, EXACT + SAMPLED),
-            ("credit", self.credit, CREDITS),
-            ("loss_type", self.loss_type, LOSS_TYPES),
-            ("scale_rewards", self.scale_rewards, ("none", "group")),
+            rewards.check_budget(math.inf if limit is None else limit, self.budget_form)
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, not {getattr(self, name)!r}.")
+        for name, holds, allowed in (
+            ("discount", 0 < self.discount <= 1, "above 0 and at most 1"),
+            ("lam", 0 <= self.lam < math.inf, "finite and 0 or more"),
+            ("penalty", 0 <= self.penalty < math.inf, "finite and 0 or more"),
+            ("task_weight", 0 <= self.task_weight < math.inf, "finite and 0 or more"),
+            ("margin", 0 <= self.margin < 1, "a share of the budget, 0 or more and below 1"),
+            ("step_budget", self.step_budget != math.inf, "finite, or None"),
+            ("distil_steps", self.distil_steps >= 0, "0 or more"),
+            ("csr_target", self.csr_target is None or 0 <= self.csr_target <= 1, "between 0 and 1"),
+            ("dual_rate", 0 <= self.dual_rate < math.inf, "finite and 0 or more"),
+            ("jsd_beta", 0 < self.jsd_beta < 1, "above 0 and below 1"),
         ):
-            if value not in known:
-                raise ValueError(f"{name} is one of {known}, not {value!r}.")
+            if not holds:
+                raise ValueError(f"{name} must be {allowed}, not {getattr(self, name)!r}.")
+        if self.budget_from is not None and math.inf in (self.budget, self.budget_from):
+            raise ValueError("budget_from moves to the budget: give both finite, or neither.")
         if self.penalty > 0 and self.reward_form == "lagrangian":
             raise ValueError("The lagrangian form knows no violation and so no penalty n: leave penalty at 0.")
-        if self.lam < 0 or self.penalty < 0:
-            raise ValueError(f"lam and penalty must be 0 or more, but they are {self.lam} and {self.penalty}.")
-        if self.dual_rate and self.reward_form != "lagrangian":
-            raise ValueError("dual_rate moves the weight of the mean cost: it goes with reward_form='lagrangian'.")
-        if self.beta != 0.0:
-            raise ValueError("beta must be 0: the teacher takes the place of GRPO's reference model.")
+        if self.dual_rate and (self.reward_form != "lagrangian" or self.budget == math.inf):
+            raise ValueError("dual_rate moves the weight of the mean cost: set reward_form='lagrangian' and a budget.")
+        single_step = not self.long_term or self.credit == "length_normalised" or self.distil_steps > 0
+        if single_step and self.divergence in ("k1", "k3"):
+            raise ValueError(f"{self.divergence} by itself has not the reverse KL's gradient: use divergence='k2'.")
+        if self.credit != "sequence" and (self.scale_rewards, self.importance_sampling_level) != ("none", "token"):
+            raise ValueError("Credit per token needs scale_rewards='none' and importance_sampling_level='token'.")
 
 
-class Objective(NamedTuple):
-    """What one step maximises: the modified reward's form and weights, as `CMDPConfig` names them."""
+class DualAscent(TrainerCallback, ExportableState):
+    """lambda of dual ascent: checkpoints save it, and a resumed run goes on with it."""
 
-    budget: float
-    form: str
-    task_weight: float
-    lam: float
-    penalty: float
-    long_term: bool
+    def __init__(self, lam: float):
+        self.lam = lam
+
+    def state(self) -> dict:
+        return {"args": {"lam": self.lam}, "attributes": {}}
+
+    def on_train_begin(self, args, state, control, **_):
+        self.lam = state.stateful_callbacks[type(self).__name__]["args"]["lam"] if state.global_step else args.lam
 
 
 @dataclass
@@ -122,15 +132,14 @@ class CMDPTrainer(GRPOTrainer):
     """Distil `teacher` into `model` under the budget of `args`.
 
     Args:
-        model: the student, as for `GRPOTrainer`.
+        model, reward_funcs, kwargs: the student, the task reward in [0, 1] and all else, as for `GRPOTrainer`.
         teacher: the frozen teacher, over the same tokenizer.
-        reward_funcs: the task reward, as for `GRPOTrainer`; it should lie in [0, 1].
         args: a `CMDPConfig`.
-        kwargs: everything else that `GRPOTrainer` takes.
 
     Raises:
-        ValueError: a head of student or teacher lacks rows for some of the tokenizer's ids, or an exact divergence is
-            asked for under DeepSpeed's ZeRO-3.
+        ValueError: a head of student or teacher lacks rows for some of the tokenizer's ids or has an adapter that is
+            not read; an exact divergence is asked for under DeepSpeed's ZeRO-3 (use k2); or, before the update that it
+            would enter, a cost, reward, loss or gradient is not finite.
     """
 
     _tag_names = ["trl", "grpo", "cmdp"]
@@ -138,21 +147,36 @@ class CMDPTrainer(GRPOTrainer):
 
     def __init__(self, model, teacher: PreTrainedModel, reward_funcs, args: CMDPConfig, **kwargs):
         super().__init__(model, reward_funcs, args, **kwargs)
+        student = self.accelerator.unwrap_model(self.model)
+        student = student.get_base_model() if hasattr(student, "get_base_model") else student
         self._vocab_size = len(self._tokenizer)
-        for role, rows in (("student", _rows(self.model)), ("teacher", _rows(teacher))):
-            if rows < self._vocab_size:
-                raise ValueError(
-                    f"The {role}'s head has {rows} rows but the tokenizer {self._vocab_size} ids: student and teacher "
-                    "must share one tokenizer. Choose a teacher from the student's family."
-                )
         self._sampled = args.divergence in SAMPLED
+        for role, other, fused in (("student", student, True), ("teacher", teacher, self._sampled)):
+            head = other.get_output_embeddings()
+            rows = getattr(head.weight, "ds_shape", head.weight.shape)[0]  # ZeRO-3 leaves an empty weight
+            if rows < self._vocab_size:
+                message = f"The {role}'s head has {rows} rows but the tokenizer {self._vocab_size} ids"
+                raise ValueError(f"{message}: choose student and teacher from one family, which shares a tokenizer.")
+            if fused and hasattr(head, "base_layer"):  # TRL's fused head reads the base layer's weight
+                raise ValueError(f"The adapter on the {role}'s LM head would be ignored: merge it (merge_and_unload).")
         if self._dist.is_zero3 and not self._sampled:  # the kernel cannot gather a head that is cut to the vocabulary
-            raise ValueError("An exact divergence does not go with ZeRO-3: use ZeRO-2, FSDP or a sampled one, as k3.")
+            raise ValueError("An exact divergence does not go with ZeRO-3: use ZeRO-2, FSDP or divergence='k2'.")
+        if args.budget == math.inf and args.reward_form != "lagrangian" and args.step_budget is None:
+            ends = "the cost/mean at which gkd ends (tight) and that at which grpo does (loose)"
+            warnings.warn(f"The budget is infinite and charges nothing: choose a budget between {ends}.", stacklevel=2)
+        if args.fp16:  # its gradient scaler takes no bfloat16, in which TRL holds the adapter of a 4-bit student
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+        if args.dual_rate:
+            self.add_callback(DualAscent(args.lam))
+        # TRL would hide truncated completions from the scoring pass; `_leave_out_truncated` hides them from the loss
+        self.mask_truncated_completions = False
+
         teacher.requires_grad_(False).eval()
         if self._sampled:
             add_fused_lm_head(teacher, temperature=self.temperature)
-        student = self.accelerator.unwrap_model(self.model)
-        self._add_divergence(student.get_base_model() if hasattr(student, "get_base_model") else student)
+        _allow_inside(student)
         if self.is_deepspeed_enabled:
             self.teacher = prepare_deepspeed(teacher, self.accelerator)
         elif self.is_fsdp_enabled:
@@ -160,54 +184,96 @@ class CMDPTrainer(GRPOTrainer):
         else:
             self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
         self._teacher_head = None if self._sampled else self._whole_teacher_head()
-        self._task_reward = self._scores = self._teacher_batch = self._charged = self._divergence = None
+        self._task_reward = None  # (N,) of the last rollouts of all processes, NaN where no function gave one
+        self._scored = None  # what the scoring pass found, where TRL ran it for its old log-probabilities
         self._rollout_time = 0.0
-
-    def _add_divergence(self, model: PreTrainedModel) -> None:
-        """Let the student's fused forward also return the divergence from `teacher_hidden`, where it is given.
-
-        `where` (B, T) says at which tokens. Without `fused_lm_head` the divergence is all that the forward computes.
-        It is done inside the forward so that DDP's and FSDP's wrappers see every use of a parameter.
-        """
-        fused_forward, args = model.forward, self.args
-
-        @functools.wraps(type(model).forward)
-        def forward(model, *inputs, teacher_hidden=None, where=None, fused_lm_head=False, **kwargs):
-            if teacher_hidden is None:
-                return fused_forward(*inputs, fused_lm_head=fused_lm_head, **kwargs)
-            keep = teacher_hidden.shape[1]
-            teacher_head = self._teacher_head
-            settings = args.divergence, args.jsd_beta, self.temperature
-            if fused_lm_head and divergences.own_tiles(teacher_hidden) and "output_router_logits" not in kwargs:
-                labels = kwargs.pop("labels")[:, -keep:]
-                hidden = model.base_model(*inputs, **kwargs).last_hidden_state[:, -keep - 1 : -1]
-                tokens, mask = labels.clamp(min=0), labels != -100
-                scores = divergences.score_on_cpu(
-                    hidden, lm_head(model), tokens, mask, teacher_hidden, teacher_head, where, *settings
-                )
-                return ScoredOutput(**scores._asdict())
-            if fused_lm_head:
-                with _last_hidden_state(model) as captured:
-                    output = fused_forward(*inputs, fused_lm_head=True, **kwargs)
-            else:
-                captured, output = {"hidden": model.base_model(*inputs, **kwargs).last_hidden_state}, {}
-            hidden = captured["hidden"][:, -keep - 1 : -1]
-            head = lm_head(model, self._vocab_size)
-            divergence = divergence_from_hidden(hidden, head, teacher_hidden, teacher_head, where, *settings)
-            return ScoredOutput(**output, divergence=divergence)
-
-        model.forward = types.MethodType(forward, model)
 
     def _whole_teacher_head(self) -> Head:
         """The teacher's head, gathered once: the student's forward uses it, where the teacher's own hooks, which gather
         what FSDP has sharded, do not run. It is frozen, so a copy stays true."""
-        with self._dist.summon_full_params(self.teacher, recurse=False, writeback=False):
+        with torch.no_grad(), self._dist.summon_full_params(self.teacher, recurse=False, writeback=False):
             head = lm_head(self.accelerator.unwrap_model(self.teacher), self._vocab_size)
-            if self._dist.fsdp_version != 1:  # whole already, or made so by `lm_head`
-                return head
-            return head._replace(weight=head.weight.clone(), bias=None if head.bias is None else head.bias.clone())
+            copied = self._dist.fsdp_version == 1  # otherwise whole already, or made so by `lm_head`
+            return Head(*(x.clone() if copied and isinstance(x, Tensor) else x for x in head))
 
-    # ---- rollouts and their scores ----
+    # ---- forward passes ----
+
+    def _student_pass(self, model, teacher: Tensor, where: Tensor, **call) -> tuple[FusedCausalLMOutput, Tensor]:
+        """TRL's fused forward `model(**call)`, and the divergence from the teacher at the tokens of `where`, (B, T).
+
+        `teacher` is what `_teacher_pass` gives. Without labels an exact divergence is all that is computed.
+        """
+        if not self._sampled:
+            call["inside"] = functools.partial(self._exact_divergence, teacher, where)
+        output = model(**call, use_cache=False)
+        if not self._sampled:
+            return output, output.divergence
+        logps = output.log_probs[:, -where.shape[1] :]
+        return output, divergences.sampled_divergence(logps, teacher, self.args.divergence)
+
+    def _exact_divergence(
+        self, teacher_hidden, where, model, fused_forward, labels=None, fused_lm_head=False, **inputs
+    ) -> ScoredOutput:
+        """What the student's forward does in `_student_pass`: `fused_forward`, and the divergence."""
+        keep, settings = where.shape[1], (self.args.divergence, self.args.jsd_beta, self.temperature)
+        if fused_lm_head and divergences.own_tiles(teacher_hidden) and "output_router_logits" not in inputs:
+            labels = labels[:, -keep:]
+            hidden = model.base_model(**inputs).last_hidden_state[:, -keep - 1 : -1]
+            tokens, mask = labels.clamp(min=0), labels != -100
+            teacher = teacher_hidden, self._teacher_head
+            scores = divergences.score_on_cpu(hidden, lm_head(model), tokens, mask, *teacher, where, *settings)
+            return ScoredOutput(**dict(zip(("divergence", "log_probs", "entropy"), scores, strict=True)))
+        if fused_lm_head:
+            with _keep_hidden(model, captured := {}):
+                output = fused_forward(labels=labels, fused_lm_head=True, **inputs)
+        else:
+            captured, output = {"hidden": model.base_model(**inputs).last_hidden_state}, {}
+        hidden = captured["hidden"][:, -keep - 1 : -1]
+        head = lm_head(model, self._vocab_size)
+        divergence = divergences.divergence_from_hidden(
+            hidden, head, teacher_hidden, self._teacher_head, where, *settings
+        )
+        return ScoredOutput(**output, divergence=divergence)
+
+    @torch.no_grad()
+    def _teacher_pass(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
+        """What the divergence needs of the teacher at the last `keep` tokens: its hidden states (B, T, H), or where the
+        divergence is sampled its log-probabilities (B, T)."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        with self.accelerator.autocast():
+            if self._sampled:
+                labels = input_ids.masked_fill(attention_mask == 0, -100)
+                return self.teacher(**inputs, labels=labels, fused_lm_head=True).log_probs[:, -keep:]
+            with _keep_hidden(self.accelerator.unwrap_model(self.teacher), captured := {}):
+                self.teacher(**inputs, use_cache=False, logits_to_keep=1)
+        return captured["hidden"][:, -keep - 1 : -1]
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, keep, batch_size=None, log_probs=True, **options
+    ):
+        """TRL's. Given `self.model`, as after generation, it is the scoring pass: `self._scored` is then the divergence
+        from the teacher, (N, T), and what `_teacher_pass` gives. The loss gives a function in place of the model."""
+        arguments, parts, result = (input_ids, attention_mask, keep, batch_size), [], None
+        if model is not self.model:
+            return super()._get_per_token_logps_and_entropies(model, *arguments, **options)
+
+        def student(input_ids, attention_mask, **call):
+            teacher = self._teacher_pass(input_ids, attention_mask, keep)
+            call |= {"input_ids": input_ids, "attention_mask": attention_mask}
+            output, divergence = self._student_pass(model, teacher, attention_mask[:, -keep:], **call)
+            parts.append((divergence, teacher))
+            return output
+
+        if log_probs or self._sampled:
+            result = super()._get_per_token_logps_and_entropies(student, *arguments)
+        else:
+            for batch in zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True):
+                with self.accelerator.autocast():
+                    student(*batch)
+        self._scored = tuple(map(torch.cat, zip(*parts, strict=True)))
+        return result
+
+    # ---- rollouts ----
 
     def _generate(self, prompts):
         start = time.perf_counter()
@@ -217,199 +283,129 @@ class CMDPTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, *args, **kwargs):
         rewards_per_func = super()._calculate_rewards(*args, **kwargs)  # (N, functions), of all processes
-        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
-        self._task_reward = rewards.masked_fill(rewards_per_func.isnan().all(dim=1), torch.nan)
+        total = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
+        self._check_finite("A task reward", total)
+        self._task_reward = total.masked_fill(rewards_per_func.isnan().all(dim=1), torch.nan)
         return rewards_per_func
 
     def _generate_and_score_completions(self, inputs):
-        start = time.perf_counter()
-        self._scores = self._teacher_batch = None
+        start, args = time.perf_counter(), self.args
         outputs = super()._generate_and_score_completions(inputs)
-
-        if self._scores is None:  # otherwise TRL, for its old log-probabilities, has run the scoring pass already
-            with torch.no_grad():
-                self._get_per_token_logps_and_entropies(
-                    self.model,
-                    torch.cat([outputs["prompt_ids"], outputs["completion_ids"]], dim=1),
-                    torch.cat([outputs["prompt_mask"], outputs["completion_mask"]], dim=1),
-                    outputs["completion_ids"].shape[1],
-                    self.args.per_device_train_batch_size,
-                    compute_logps=self._sampled,
-                )
+        if "num_images" in outputs:
+            raise ValueError("CMDPTrainer distils from text: the dataset must have no images.")
         mask = _loss_mask(outputs)
-        cost = self._scores.pop("divergence").masked_fill(mask == 0, 0.0)
+        if self._scored is None:  # otherwise TRL has run the scoring pass, for its old log-probabilities
+            both = [torch.cat([outputs[f"prompt_{x}"], outputs[f"completion_{x}"]], dim=1) for x in ("ids", "mask")]
+            sizes = mask.shape[1], args.per_device_train_batch_size
+            with torch.no_grad():
+                self._get_per_token_logps_and_entropies(self.model, *both, *sizes, log_probs=False)
+        (cost, outputs["teacher"]), self._scored = self._scored, None
+        cost = cost.masked_fill(mask == 0, 0.0)
         if not self._sampled:
             cost = cost.clamp(min=0.0)  # exact divergences are; rounding is not
-        outputs.update(self._scores)
-        self._scores = None
 
-        args = self.args
-        first = self.accelerator.process_index * len(mask)
-        task_reward = self._task_reward[first : first + len(mask)]
-        budget = budgets.trajectory_budget(args.budget, mask, args.budget_form)
-        total = budgets.cumulative_cost(cost, mask, args.discount)[:, -1]
+        task_reward = self._task_reward[self._own_rows(mask)]
+        budget = trajectory_budget(args.budget, mask, args.budget_form)
+        total = cumulative_cost(cost, mask, args.discount)[:, -1]
+        self._check_finite("The cost of a completion", self.accelerator.gather(total))
         excess = self.accelerator.gather(total - budget)
-        objective = self._objective(csr=float((excess <= 0).float().mean()))
+        limit, task_weight, long_term, terms = self._objective(csr=float((excess <= 0).float().mean()))
         if args.dual_rate and self.model.training:
-            self._dual_variable = max(0.0, self._dual_variable + args.dual_rate * float(excess.mean()))
+            self._dual.lam = max(0.0, self._dual.lam + args.dual_rate * float(excess.mean()))
 
-        aim = budgets.trajectory_budget(objective.budget * (1 - args.margin), mask, args.budget_form)
-        charged = cost
-        if args.step_budget is not None:  # a step's cost is its excess, of which nothing is allowed
+        aim, charged = trajectory_budget(limit * (1 - args.margin), mask, args.budget_form), cost
+        if args.step_budget is not None:  # a token's cost is its excess, of which nothing is allowed
             charged, aim = (cost - args.step_budget).clamp(min=0.0), torch.zeros_like(aim)
-        modified = modified_reward(
-            objective.task_weight * task_reward,
-            charged,
-            mask,
-            aim,
-            lam=objective.lam,
-            penalty=objective.penalty,
-            form=objective.form,
-            discount=args.discount,
-        )
-        earned = modified.reward if objective.long_term else modified.task
-        group_size = self.num_generations if self.model.training else self.num_generations_eval
-        if args.credit == "sequence":
-            returns = self.accelerator.gather(earned.sum(dim=1))
-            advantages = group_advantages(returns, group_size, args.scale_rewards == "group")
-            outputs["advantages"] = advantages[first : first + len(mask)]
-        else:
-            outputs["advantages"] = token_advantages(earned, cost, mask, aim, group_size, args.credit, args.discount)
+        terms["discount"] = args.discount
+        modified = rewards.modified_reward(task_weight * task_reward, charged, mask, aim, **terms)
+        earned = modified.reward if long_term else modified.task
+        outputs["advantages"] = self._advantages(earned, cost, mask, aim)
         outputs["single_step_weight"] = modified.weight
         if args.step_budget is not None:
             outputs["single_step_weight"] = modified.weight * (charged > 0)
-        if objective.lam == 0:  # no single-step part: the loss needs no teacher
-            outputs.pop("teacher_hidden", None)
-            outputs.pop("teacher_logps", None)
+        if terms["lam"] == 0:  # no single-step part: the loss needs no teacher
+            del outputs["teacher"]
+        if args.mask_truncated_completions:
+            self._leave_out_truncated(outputs)
 
         self._log_trajectories(task_reward, cost, mask, budget, modified)
-        self._metrics[self._mode]["lambda"].append(objective.lam)
-        rollout_time = time.perf_counter() - start
         metrics = self._metrics[self._mode]
+        metrics["lambda"].append(terms["lam"])
+        rollout_time = time.perf_counter() - start
         metrics["time/scoring"].append(rollout_time - metrics["time/generation"][-1])  # rewards included
         self._rollout_time += rollout_time
         return outputs
 
-    def _objective(self, csr: float) -> Objective:
-        """What this step maximises; `csr` is that of its rollouts."""
-        args, step = self.args, self.state.global_step
+    def _objective(self, csr: float) -> tuple[float, float, bool, dict]:
+        """What this step maximises: the budget, task_weight, long_term, and form, lam and penalty of `modified_reward`.
+        `csr` is that of its rollouts."""
+        args, step, budget = self.args, self.state.global_step, self.args.budget
         if step < args.distil_steps:
-            return Objective(args.budget, "lagrangian", task_weight=0.0, lam=1.0, penalty=0.0, long_term=False)
-        budget = args.budget
+            return budget, 0.0, False, {"form": "lagrangian", "lam": 1.0, "penalty": 0.0}
         if args.budget_from is not None:
             left = max(0.0, 1 - 2 * step / max(1, self.state.max_steps))
             budget += left * (args.budget_from - args.budget)
-        lam = self._dual_variable if args.dual_rate else args.lam
+        terms = {
+            "form": args.reward_form,
+            "lam": self._dual.lam if args.dual_rate else args.lam,
+            "penalty": args.penalty,
+        }
         if args.csr_target is not None and csr < args.csr_target:
-            return Objective(budget, "lagrangian", args.task_weight, lam, penalty=0.0, long_term=args.long_term)
-        return Objective(budget, args.reward_form, args.task_weight, lam, args.penalty, args.long_term)
+            terms |= {"form": "lagrangian", "penalty": 0.0}
+        return budget, args.task_weight, args.long_term, terms
 
-    @property
-    def _dual_variable(self) -> float:
-        """lambda of dual ascent. It is kept in the trainer's state, which checkpoints save."""
-        return self.state.stateful_callbacks.get("dual variable", self.args.lam)
+    def _advantages(self, earned, cost, mask, budget) -> Tensor:
+        """(B,), or (B, T) where credit is per token. The groups may span processes."""
+        args, gather = self.args, self.accelerator.gather
+        group_size = self.num_generations if self.model.training else self.num_generations_eval
+        advantages = rewards.group_advantages(gather(earned.sum(dim=1)), group_size, args.scale_rewards == "group")
+        shown = [*self._logs["advantages"]][: -len(advantages)] + advantages.tolist()  # in place of the task reward's
+        self._logs["advantages"].clear()
+        self._logs["advantages"].extend(shown)
+        if args.credit == "sequence":
+            return advantages[self._own_rows(mask)]
+        every = [gather(self.accelerator.pad_across_processes(x, dim=1)) for x in (earned, cost, mask)]
+        advantages = rewards.token_advantages(*every, gather(budget), group_size, args.credit, args.discount)
+        return advantages[self._own_rows(mask), : mask.shape[1]]
 
-    @_dual_variable.setter
-    def _dual_variable(self, value: float) -> None:
-        self.state.stateful_callbacks["dual variable"] = value
-
-    def _get_per_token_logps_and_entropies(
-        self,
-        model,
-        input_ids,
-        attention_mask,
-        logits_to_keep,
-        batch_size=None,
-        compute_entropy=False,
-        compute_aux_loss=False,
-        compute_logps=True,
-        **images,
-    ):
-        """TRL's one student forward, made to yield the divergence with it.
-
-        Without a teacher batch (after generation) it runs the teacher too and keeps its states; with one (in the loss)
-        it uses that, and at the tokens alone whose divergence the loss charges. The divergence is left in
-        `self._scores` and `self._divergence`.
-        """
-        if any(value is not None for value in images.values()):
-            raise ValueError("CMDPTrainer distils from text: the dataset must have no images.")
-        scoring = self._teacher_batch is None
-        rows = batch_size or len(input_ids)
-        where = attention_mask[:, -logits_to_keep:] if scoring else self._charged
-        parts = []
-        for ids, attended, on, teacher in zip(
-            input_ids.split(rows),
-            attention_mask.split(rows),
-            where.split(rows),
-            [None] * math.ceil(len(input_ids) / rows) if scoring else self._teacher_batch.split(rows),
-            strict=True,
-        ):
-            if scoring:
-                teacher = self._teacher_pass(ids, attended, logits_to_keep)
-            extra = {"output_router_logits": True} if compute_aux_loss else {}
-            if compute_logps:
-                extra["labels"] = ids.masked_fill(attended == 0, -100)
-                extra["labels"][:, :-logits_to_keep] = -100
-            if not self._sampled and teacher.shape[1]:
-                extra |= {"teacher_hidden": teacher, "where": on}
-            with self.accelerator.autocast():
-                output = model(
-                    input_ids=ids, attention_mask=attended, fused_lm_head=compute_logps, use_cache=False, **extra
-                )
-            logps = entropy = None
-            if compute_logps:
-                logps, entropy = output.log_probs[:, -logits_to_keep:], output.entropy[:, -logits_to_keep:]
-            if self._sampled:
-                divergence = sampled_divergence(logps, teacher, self.args.divergence) if teacher.shape[1] else None
-            else:
-                divergence = getattr(output, "divergence", None)
-            parts.append((logps, entropy, divergence, teacher, output.aux_loss))
-        logps, entropies, divergences, teachers, aux_losses = zip(*parts, strict=True)
-        self._divergence = None if divergences[0] is None else torch.cat(divergences)
-        if scoring:
-            name = "teacher_logps" if self._sampled else "teacher_hidden"
-            self._scores = {"divergence": self._divergence, name: torch.cat(teachers)}
-        if not compute_logps:
-            return None, None, None
-        aux_loss = torch.stack(aux_losses).mean() if compute_aux_loss else None
-        return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, aux_loss
-
-    @torch.no_grad()
-    def _teacher_pass(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
-        """What the divergence needs of the teacher at the last `keep` tokens: its hidden states (B, T, H), or where the
-        divergence is sampled its log-probabilities (B, T)."""
-        with self.accelerator.autocast():
-            if self._sampled:
-                labels = input_ids.masked_fill(attention_mask == 0, -100)
-                output = self.teacher(
-                    input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True
-                )
-                return output.log_probs[:, -keep:]
-            with _last_hidden_state(self.accelerator.unwrap_model(self.teacher)) as captured:
-                self.teacher(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
-        return captured["hidden"][:, -keep - 1 : -1]
+    def _leave_out_truncated(self, outputs) -> None:
+        """Take completions cut at the limit out of the loss, as TRL does under `mask_truncated_completions`."""
+        mask, ends = outputs["completion_mask"], [*self.eos_token_ids, self._tokenizer.pad_token_id]
+        last = outputs["completion_ids"].gather(1, (mask.sum(dim=1, keepdim=True) - 1).clamp(min=0))
+        ended = torch.isin(last, torch.tensor(ends, device=last.device))  # (B, 1)
+        for name in {"completion_mask", "tool_mask"} & outputs.keys():
+            outputs[name] = outputs[name] * ended
+        outputs["num_items_in_batch"] = self.accelerator.gather(_loss_mask(outputs).sum()).sum()
 
     # ---- loss ----
 
     def _compute_loss(self, model, inputs):
-        teacher = inputs.get("teacher_logps" if self._sampled else "teacher_hidden")
-        # an empty teacher batch says that this is the loss, not the scoring, and that no teacher is needed
-        self._teacher_batch = inputs["completion_ids"][:, :0] if teacher is None else teacher
-        self._charged = _loss_mask(inputs) * (inputs["single_step_weight"] != 0)
-        policy_loss = super()._compute_loss(model, inputs)
-        metrics = self._metrics[self._mode]
-        scale = self.current_gradient_accumulation_steps if self.model.training else 1.0
-        metrics["loss/policy"].append(self._mean_over_processes(policy_loss * scale))
+        teacher, weight, passes = inputs.get("teacher"), inputs["single_step_weight"], []
+        charged = _loss_mask(inputs) * (weight != 0)
+
+        def student(**call):
+            if teacher is None:
+                return model(**call, use_cache=False)
+            passes.append(self._student_pass(model, teacher, charged, **call))
+            return passes[0][0]
+
+        policy_loss = super()._compute_loss(student, inputs)
+        self._log_loss("loss/policy", "A log-probability", policy_loss)
         if teacher is None:
-            metrics["loss/single_step"].append(0.0)
+            self._metrics[self._mode]["loss/single_step"].append(0.0)
             return policy_loss
-        # the direct gradient of k1 is grad log pi, whose mean is zero: its credit is all in the policy part
-        divergence = self._divergence.detach() if self.args.divergence == "k1" else self._divergence
+        ((output, divergence),) = passes
+        if self.args.divergence == "k1":  # the mean of its own gradient is 0: its credit is all in the policy part
+            divergence = divergence.detach()
+        elif self._sampled and "old_per_token_logps" in inputs:  # drawn from an older student
+            ratio = (output.log_probs[:, -weight.shape[1] :].detach() - inputs["old_per_token_logps"]).exp()
+            divergence = divergence + (ratio - 1) * (divergence - divergence.detach())  # corrects the gradient alone
         if self.args.step_budget is not None:
             divergence = divergence - self.args.step_budget
-        charged = inputs["single_step_weight"] * divergence * self._charged
-        single_step_loss = charged.sum() / self._normaliser(inputs)
-        metrics["loss/single_step"].append(self._mean_over_processes(single_step_loss * scale))
+        # vLLM's sampling is corrected as in the policy part
+        charges = weight * divergence * charged * inputs.get("importance_sampling_ratio", 1.0)
+        single_step_loss = charges.sum() / self._normaliser(inputs)
+        self._log_loss("loss/single_step", "A divergence", single_step_loss)
         return policy_loss + single_step_loss
 
     def _normaliser(self, inputs) -> Tensor | float:
@@ -430,18 +426,42 @@ class CMDPTrainer(GRPOTrainer):
         self._metrics["train"]["time/update"].append(update_time * self.current_gradient_accumulation_steps)
         return loss
 
-    # ---- logging ----
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.accelerator.scaler is None:  # which skips such an update itself
+            self._check_finite("The norm of the gradient", grad_norm)
+        return grad_norm
+
+    # ---- helpers and logging ----
 
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
 
-    def _mean_over_processes(self, value: Tensor) -> float:
-        return self.accelerator.reduce(value.detach(), reduction="mean").item()
+    @property
+    def _dual(self) -> DualAscent:
+        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, DualAscent))
+
+    def _own_rows(self, mask: Tensor) -> slice:
+        """This process's rows of what is gathered from all."""
+        first = self.accelerator.process_index * len(mask)
+        return slice(first, first + len(mask))
+
+    def _check_finite(self, name: str, values) -> None:
+        if not torch.as_tensor(values).isfinite().all():
+            raise ValueError(
+                f"{name} is not finite at step {self.state.global_step}: training stops before the update."
+            )
+
+    def _log_loss(self, name: str, quantity: str, loss: Tensor) -> None:
+        scale = self.current_gradient_accumulation_steps if self.model.training else 1.0
+        value = self.accelerator.reduce((loss * scale).detach(), reduction="mean").item()
+        self._check_finite(f"{quantity} in {name}", value)
+        self._metrics[self._mode][name].append(value)
 
     def _log_trajectories(self, task_reward, cost, mask, budget, modified) -> None:
         """Log what the rollouts of all processes were worth and what they cost, under stable names."""
-        total = budgets.cumulative_cost(cost, mask, self.args.discount)[:, -1]
+        total = cumulative_cost(cost, mask, self.args.discount)[:, -1]
         columns = [task_reward, total, budget, mask.sum(1), (modified.over * mask).sum(1), modified.total, cost.sum(1)]
         gathered = self.accelerator.gather(torch.stack([column.float() for column in columns], dim=1))
         reward, total, budget, length, over, modified_total, undiscounted = gathered.unbind(dim=1)
@@ -462,27 +482,29 @@ class CMDPTrainer(GRPOTrainer):
             self._metrics[self._mode][name].append(float(value))
 
 
-@contextmanager
-def _last_hidden_state(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Context in which a forward of `model` leaves its backbone's last hidden states in the dict it yields.
+def _allow_inside(model: PreTrainedModel) -> None:
+    """Let `model(inside=f, **inputs)` return `f(model, forward, **inputs)`, where `forward` is TRL's fused one.
 
-    A hook, because the forward itself must run through DDP's or FSDP's wrapper, which would drop them.
+    What f does with the model's parameters is then inside DDP's and FSDP's wrappers, as it must be.
     """
-    captured = {}
-    handle = model.base_model.register_forward_hook(
-        lambda module, inputs, output: captured.update(hidden=output.last_hidden_state)
+    fused_forward = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(model, *inputs, inside=None, **kwargs):
+        return fused_forward(*inputs, **kwargs) if inside is None else inside(model, fused_forward, *inputs, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _keep_hidden(model: PreTrainedModel, kept: dict[str, Tensor]):
+    """Context in which a forward leaves the backbone's last hidden states in `kept`: by a hook, because the forward
+    itself must run through DDP's or FSDP's wrapper, which would drop them."""
+    return model.base_model.register_forward_hook(
+        lambda module, inputs, output: kept.update(hidden=output.last_hidden_state)
     )
-    try:
-        yield captured
-    finally:
-        handle.remove()
 
 
 def _loss_mask(inputs: dict[str, Tensor]) -> Tensor:
     """1 on the tokens that the student wrote, (B, T): not on padding nor on what a tool returned."""
     mask = inputs["completion_mask"]
     return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
-
-
-def _rows(model: nn.Module) -> int:
-    return model.get_output_embeddings().weight.shape[0]

@@ -33,6 +33,8 @@ CASES = {
         "budget": 0.8,
         "budget_form": "per_token",
     },
+    "per token": {"reward_form": "exhausted", "credit": "return_to_go", "budget": BUDGET},
+    "masked": {"reward_form": "hinge", "mask_truncated_completions": True, "budget": BUDGET},
 }
 LOGGED = ("loss", "csr", "kl_per_token", "loss/policy", "loss/single_step")
 STEPS = 2

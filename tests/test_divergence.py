@@ -1,5 +1,6 @@
 """Per-token divergences: every path against plain log-softmax, the estimators' claims, the edges."""
 
+import contextlib
 import types
 
 import pytest
@@ -199,6 +200,30 @@ def test_tokens_impossible_in_both_models_count_for_nothing(kind):
     assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize("tile", [1, 10_000])
+def test_tokens_impossible_in_both_heads_leave_values_and_gradients_finite(kind, tile, monkeypatch):
+    """Two rows of both heads have the bias -inf: all is as with the two heads without them."""
+    monkeypatch.setattr(divergence, "TILE", tile)
+    hidden, student, teacher_hidden, teacher, mask = random_case(9, bias=True)
+    tokens = torch.randint(0, VOCABULARY, mask.shape, generator=torch.Generator().manual_seed(2))
+    padded = [
+        head._replace(
+            weight=torch.cat([head.weight, torch.ones(2, head.weight.shape[1])]),
+            bias=torch.cat([head.bias, torch.full((2,), -torch.inf)]),
+        )
+        for head in (student, teacher)
+    ]
+    results = []
+    for ours, theirs in ((student, teacher), padded):
+        scores = score_on_cpu(hidden, ours, tokens, mask, teacher_hidden, theirs, mask, kind)
+        alone = divergence_from_hidden(hidden, ours, teacher_hidden, theirs, mask, kind)
+        sums = [(value * value).sum() for value in (*scores, alone)]
+        gradients = [torch.autograd.grad(x, (hidden, student.weight), retain_graph=True) for x in sums]
+        results.append(([*scores, alone], gradients))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
 def test_what_the_teacher_rules_out_costs_infinity_in_reverse_and_is_bounded_in_jsd():
     student, teacher = torch.zeros(1, 3), torch.tensor([[0.0, 0.0, -torch.inf]])
     assert divergence_from_logits(student, teacher, "reverse_kl").item() == torch.inf
@@ -296,6 +321,51 @@ def test_heads_padded_differently_agree_once_cut_to_the_tokenizer(path):
 def test_lm_head_reads_how_a_family_scales_its_logits(config, scale, softcap):
     head = lm_head(model_with(torch.ones(3, 2), **config))
     assert (head.scale, head.softcap) == (scale, softcap)
+
+
+def small_llama():
+    import transformers
+
+    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=False)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["lora", "modules_to_save"])
+@pytest.mark.parametrize("state", ["active", "off", "merged"])
+def test_head_with_an_adapter_gives_the_logits_of_the_model(kind, state):
+    from peft import LoraConfig, get_peft_model
+
+    options = {
+        "lora": {"target_modules": ["lm_head"]},
+        "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    }[kind]
+    wrapped = get_peft_model(small_llama(), LoraConfig(r=2, init_lora_weights=False, **options))
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            parameter += parameter.requires_grad * torch.randn(parameter.shape)
+    if state == "merged":
+        wrapped.merge_adapter()
+    model, ids = wrapped.get_base_model(), torch.arange(3, 12)[None]
+    with wrapped.disable_adapter() if state == "off" else contextlib.nullcontext():
+        hidden, logits = model.base_model(ids).last_hidden_state, model(ids).logits
+        torch.testing.assert_close(lm_head(model).logits(hidden), logits, rtol=1e-4, atol=1e-5)
+    if state == "active":
+        trained = [p for p in model.lm_head.parameters() if p.requires_grad]
+        ours, theirs = (
+            torch.autograd.grad(values.square().sum(), trained, retain_graph=True)
+            for values in (lm_head(model).logits(hidden), logits)
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_an_adapter_on_the_head_that_cannot_be_read_is_refused_by_name():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(small_llama(), LoraConfig(r=2, target_modules=["lm_head"], use_dora=True)).get_base_model()
+    with pytest.raises(ValueError, match="The adapter on lm_head is not plain LoRA: merge it"):
+        lm_head(model)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "cohere"])

@@ -5,13 +5,17 @@ In one process: test_distributed.py has several.
 
 import copy
 import functools
+import gc
 import math
+import warnings
+import weakref
 
 import pytest
 import torch
-from conftest import COMPLETIONS, MAX_LENGTH, PROMPTS, score
+from conftest import COMPLETIONS, EOS, MAX_LENGTH, PROMPTS, score
 from datasets import Dataset
-from transformers import TrainerCallback
+from torch import nn
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 
 from cmdp.methods import METHODS
@@ -120,8 +124,21 @@ def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo"])
 @pytest.mark.parametrize("scale_rewards", ["none", "group"])
-def test_as_grpo_it_has_the_loss_and_gradient_of_trl(student, teacher, tokenizer, tmp_path, loss_type, scale_rewards):
-    options = {"loss_type": loss_type, "scale_rewards": scale_rewards}
+@pytest.mark.parametrize(
+    "inherited",
+    [
+        {},
+        {"mask_truncated_completions": True},
+        {"importance_sampling_level": "sequence"},
+        {"delta": 1.1, "epsilon_high": 0.3, "entropy_coef": 0.1},
+        {"pad_to_multiple_of": 16},
+    ],
+    ids=str,
+)
+def test_as_grpo_it_has_the_loss_and_gradient_of_trl(
+    student, teacher, tokenizer, tmp_path, loss_type, scale_rewards, inherited
+):
+    options = {"loss_type": loss_type, "scale_rewards": scale_rewards, **inherited}
     theirs = one_step(build(copy.deepcopy(student), None, tokenizer, tmp_path, GRPOTrainer, beta=0.0, **options))
     ours = one_step(build(student, teacher, tokenizer, tmp_path, **METHODS["grpo"], **options))
     assert ours[0] == pytest.approx(theirs[0], rel=1e-5, abs=1e-7)
@@ -332,10 +349,11 @@ def test_after_its_distillation_a_run_follows_its_method(original_pair, tokenize
     assert followed["modified_reward"] == pytest.approx(second["modified_reward"], rel=1e-5)
 
 
-def test_dual_ascent_follows_the_mean_excess_and_survives_a_resume(original_pair, tokenizer, tmp_path):
+@pytest.mark.parametrize("restore", [False, True])
+def test_dual_ascent_follows_the_mean_excess_and_survives_a_resume(original_pair, tokenizer, tmp_path, restore):
     """lambda rises by rate times E[C] - d; a resumed run goes on with the lambda that its checkpoint had."""
     options = {"reward_form": "lagrangian", "lam": 0.1, "dual_rate": 0.05, "budget": BUDGET}
-    options |= {"save_strategy": "steps", "save_steps": 2}
+    options |= {"save_strategy": "steps", "save_steps": 2, "restore_callback_states_from_checkpoint": restore}
     options |= {"max_steps": 4, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
     whole = build(*copy.deepcopy(original_pair), tokenizer, tmp_path, **options)
     whole.train()
@@ -360,6 +378,85 @@ def test_credit_token_by_token_reaches_the_policy(original_pair, tokenizer, tmp_
     )
     assert math.isfinite(token[0])
     assert distance(token[1], sequence[1]) > 1e-2
+
+
+# ---- completions that were sampled otherwise, or that the loss leaves out ----
+
+
+def test_k2_of_an_older_students_completions_is_corrected_by_the_importance_ratio(
+    student, teacher, tokenizer, tmp_path
+):
+    """Its gradient, ratio * k1 * grad log pi, is then that of the reverse KL under the student of now."""
+    options = {"budget": BUDGET, "num_iterations": 2, "task_weight": 0.0}
+    old, new = copy.deepcopy(student), copy.deepcopy(student)
+    trainer = build(student, teacher, tokenizer, tmp_path, **METHODS["kdrl"], **options)
+    one_step(trainer)
+    with torch.no_grad():
+        for parameter in (*student.parameters(), *new.parameters()):
+            parameter *= 1.1
+    expected, ratios = 0.0, []
+    for index, ids in enumerate(COMPLETIONS):
+        prompt_ids = tokenizer(PROMPTS[index // GROUP]).input_ids
+        logp, k2 = token_values(new, teacher, prompt_ids, ids, "k2")
+        ratios.append((logp - token_values(old, teacher, prompt_ids, ids, "k2")[0]).exp().detach())
+        expected = expected + (ratios[-1] * k2).sum() / sum(map(len, COMPLETIONS))
+    assert (torch.cat(ratios) - 1).abs().max() > 0.1
+    expected.backward()
+    student.zero_grad()
+    trainer.compute_loss(student, trainer._buffered_inputs[0]).backward()
+    assert distance(gradient_of(student), gradient_of(new)) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (8, MAX_LENGTH)], ids=["per sequence", "per token"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "k2"])
+def test_vllms_importance_ratio_weighs_both_parts_of_the_loss(student, teacher, tokenizer, tmp_path, shape, divergence):
+    trainer = build(student, teacher, tokenizer, tmp_path, budget=BUDGET, divergence=divergence)
+    one_step(trainer)
+    trainer.use_vllm = True
+    inputs, ratio = trainer._buffered_inputs[0], torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    weighted = {name: inputs[name] * ratio for name in ("single_step_weight",)}
+    weighted["advantages"] = inputs["advantages"][:, None] * ratio
+    gradients = []
+    for changes in ({"importance_sampling_ratio": ratio}, weighted | {"importance_sampling_ratio": torch.ones(8, 1)}):
+        student.zero_grad()
+        trainer.compute_loss(student, inputs | changes).backward()
+        gradients.append(gradient_of(student))
+    assert distance(*gradients) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"divergence": "k2"}, {"num_iterations": 2}], ids=str)
+def test_truncated_completions_are_measured_whether_the_loss_masks_them_or_not(
+    original_pair, tokenizer, tmp_path, options
+):
+    """The two completions that reach the limit are out of the loss, and in the CSR, the cost and the group's mean."""
+    settings = {"budget": BUDGET, "reward_form": "hinge", "max_steps": 1, "logging_steps": 1, **options}
+    seen = []
+    for masks in (False, True):
+        trainer = build(
+            *copy.deepcopy(original_pair), tokenizer, tmp_path, mask_truncated_completions=masks, **settings
+        )
+        trainer.train()
+        inputs = trainer._buffered_inputs[0]
+        left_out = inputs["completion_mask"].sum(1) == 0
+        cut = sorted(map(tuple, inputs["completion_ids"][left_out].tolist()))
+        advantages = inputs["advantages"].sort().values
+        seen.append((trainer.state.log_history[0], cut, inputs["num_items_in_batch"].item(), advantages))
+    measured = ("csr", "cost/mean", "cost/q90", "kl_per_token", "modified_reward", "task_reward", "over_budget_tokens")
+    (kept, none, tokens, advantages), (masked, cut, fewer, others) = seen
+    assert {name: masked[name] for name in measured} == {name: kept[name] for name in measured}
+    torch.testing.assert_close(others, advantages)
+    truncated = sorted(tuple(ids) for ids in COMPLETIONS if ids[-1] != EOS)
+    assert (none, cut) == ([], truncated)
+    assert tokens - fewer == sum(map(len, truncated)) == 2 * MAX_LENGTH
+    assert masked["loss/single_step"] != kept["loss/single_step"]
+
+
+def test_the_table_of_completions_shows_the_advantages_of_the_modified_reward(student, teacher, tokenizer, tmp_path):
+    trainer = build(student, teacher, tokenizer, tmp_path, budget=BUDGET, reward_form="hinge")
+    one_step(trainer)
+    shown, used = [*trainer._logs["advantages"]], trainer._buffered_inputs[0]["advantages"].tolist()
+    assert len(shown) == len(trainer._logs["completion"]) == len(COMPLETIONS)
+    assert sorted(shown) == pytest.approx(sorted(used))
 
 
 # ---- the same mathematics however it is run ----
@@ -505,16 +602,196 @@ def test_a_run_that_is_resumed_ends_where_an_uninterrupted_one_does(original_pai
 
 
 def test_a_saved_student_is_an_ordinary_model_without_a_teacher(student, teacher, tokenizer, tmp_path):
-    from cmdp.models import load_model
-
     trainer = build(student, teacher, tokenizer, tmp_path / "run", generate=True, budget=BUDGET, max_steps=1)
     trainer.train()
     trainer.save_model(str(tmp_path / "student"))
-    loaded = load_model(tmp_path / "student").eval()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student").eval()
     ids = torch.tensor([[3, 4, 5]])
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, trainer.model.eval()(ids).logits, rtol=1e-5, atol=1e-6)
     assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in student.parameters())
+
+
+def test_a_trainer_that_is_gone_frees_its_optimiser_though_the_student_lives(student, teacher, tokenizer, tmp_path):
+    trainer = build(student, teacher, tokenizer, tmp_path, budget=BUDGET, max_steps=1, optim="adamw_torch")
+    trainer.train()
+    optimiser = weakref.ref(trainer.optimizer)
+    assert optimiser() is not None
+    del trainer
+    gc.collect()
+    assert optimiser() is None
+    assert student(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
+
+
+def test_a_second_trainer_on_the_same_student_is_like_a_first(original_pair, tokenizer, tmp_path):
+    student, teacher = copy.deepcopy(original_pair)
+    first = one_step(build(student, teacher, tokenizer, tmp_path, budget=BUDGET))
+    second = one_step(build(student, teacher, tokenizer, tmp_path, budget=BUDGET, reward_form="hinge"))
+    fresh = one_step(build(*copy.deepcopy(original_pair), tokenizer, tmp_path, budget=BUDGET, reward_form="hinge"))
+    assert second[0] == fresh[0] != first[0]
+    assert distance(second[1], fresh[1]) == 0
+
+
+def test_under_fp16_what_is_trained_is_held_in_float32(student, teacher, tokenizer, tmp_path, monkeypatch):
+    """Its gradient scaler takes no bfloat16, in which TRL holds the adapter of a 4-bit student."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(student.bfloat16(), LoraConfig(r=2, target_modules=["q_proj"]), autocast_adapter_dtype=False)
+    options = {**COMMON, "output_dir": str(tmp_path), "num_generations": GROUP, "budget": BUDGET}
+    args = CMDPConfig(**options, per_device_train_batch_size=8)
+    args.fp16 = True  # a CPU refuses to train in it
+    data = Dataset.from_list(rows())
+    CMDPTrainer(model, teacher, score, args, train_dataset=data, processing_class=tokenizer)
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    assert dtypes == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+# ---- adapters on the LM head ----
+
+
+def with_adapter_on_head(model, kind: str):
+    """(the model with a random adapter on its head, the same model with the adapter merged)."""
+    from peft import LoraConfig, get_peft_model
+
+    adapted = untied(model)
+    names = {
+        "lora": {"target_modules": ["lm_head"]},
+        "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    }[kind]
+    wrapped = get_peft_model(adapted, LoraConfig(r=2, init_lora_weights=False, **names))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter += 0.5 * torch.randn(parameter.shape, generator=generator)
+    return wrapped.get_base_model(), copy.deepcopy(wrapped).merge_and_unload()
+
+
+def untied(model, bias: torch.Tensor | None = None):
+    """A copy whose head has a weight of its own, and a bias."""
+    model = copy.deepcopy(model)
+    old = model.get_output_embeddings()
+    new = nn.Linear(old.in_features, old.out_features, bias=bias is not None)
+    new.weight.data = old.weight.data.clone()
+    if bias is not None:
+        new.bias.data = bias
+        new.bias.requires_grad_(False)
+    model.config.tie_word_embeddings = False
+    model.set_output_embeddings(new)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["lora", "modules_to_save"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "k2"])
+def test_a_teachers_adapter_on_its_head_is_charged_as_if_merged(original_pair, tokenizer, tmp_path, kind, divergence):
+    student, teacher = original_pair
+    adapted, merged = with_adapter_on_head(teacher, kind)
+    options = {"budget": BUDGET, "max_steps": 1, "divergence": divergence}
+    if (kind, divergence) == ("lora", "k2"):  # TRL's fused head, which serves the sampled ones, reads past it
+        with pytest.raises(ValueError, match="adapter on the teacher's LM head would be ignored"):
+            build(copy.deepcopy(student), adapted, tokenizer, tmp_path, **options)
+        return
+    costs = []
+    for model in (adapted, merged, untied(teacher)):
+        trainer = build(copy.deepcopy(student), model, tokenizer, tmp_path, **options)
+        trainer.train()
+        costs.append(trainer.state.log_history[0]["cost/mean"])
+    assert costs[0] == pytest.approx(costs[1], rel=1e-4)
+    assert abs(costs[0] - costs[2]) > 0.1 * costs[2]
+
+
+def test_a_students_adapter_on_its_head_is_refused_and_a_copy_of_the_head_is_trained(
+    original_pair, tokenizer, tmp_path
+):
+    from peft import LoraConfig
+
+    student, teacher = original_pair
+    adapted, _ = with_adapter_on_head(student, "lora")
+    with pytest.raises(ValueError, match="adapter on the student's LM head would be ignored"):
+        build(adapted, teacher, tokenizer, tmp_path, budget=BUDGET)
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    model, options = untied(student), {"budget": BUDGET, "lam": 1.0}
+    trainer = build(model, copy.deepcopy(teacher), tokenizer, tmp_path, peft_config=config, **options)
+    loss, gradient = one_step(trainer)
+    trainer.model.zero_grad()
+    expected = reference(trainer.model, teacher, tokenizer, **options)
+    expected.backward()
+    assert any("modules_to_save" in name for name in gradient)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert distance(gradient, gradient_of(trainer.model)) < 1e-5
+
+
+# ---- numbers that are not finite ----
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+def test_models_that_rule_out_the_same_tokens_train(original_pair, tokenizer, tmp_path, divergence):
+    bias = torch.zeros(len(tokenizer))
+    bias[26:] = -math.inf  # in none of the completions
+    models = [untied(model, bias.clone()) for model in original_pair]
+    options = {"budget": BUDGET, "divergence": divergence, "max_steps": 2, "entropy_coef": 0.1}
+    trainer = build(*models, tokenizer, tmp_path, **options)
+    trainer.train()
+    assert all(p.isfinite().all() for p in models[0].parameters() if p.requires_grad)
+    assert trainer.state.log_history[0]["cost/mean"] > 0
+
+
+def nan_in(model):
+    with torch.no_grad():
+        model.get_output_embeddings().weight[5] = math.nan
+
+
+def ruled_out(model):
+    model.set_output_embeddings(untied(model, torch.zeros(27).index_fill(0, torch.arange(5, 10), -math.inf)).lm_head)
+
+
+@pytest.mark.parametrize("form", ["exhausted", "overshoot", "hinge", "lagrangian", "return_to_go", "k2"])
+@pytest.mark.parametrize("fault", [nan_in, ruled_out])
+def test_a_cost_that_is_not_finite_stops_the_training(student, teacher, tokenizer, tmp_path, form, fault):
+    changed = {"return_to_go": {"credit": form}, "k2": {"divergence": form}}.get(form, {"reward_form": form})
+    fault(teacher)
+    stops_before_the_update(student, teacher, tokenizer, tmp_path, "The cost of a completion is not finite", **changed)
+
+
+def stops_before_the_update(student, teacher, tokenizer, out, message, reward=None, **options):
+    before = copy.deepcopy(student.state_dict())
+    trainer = build(student, teacher, tokenizer, out, max_steps=2, **{"budget": BUDGET, **options})
+    if reward is not None:
+        trainer.reward_funcs = [lambda completion_ids, **_: reward]
+    with pytest.raises(ValueError, match=f"{message} .*step 0"):
+        trainer.train()
+    assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_a_reward_that_is_not_finite_stops_the_training(student, teacher, tokenizer, tmp_path, value):
+    reward = [value if index == 2 else 0.5 for index in range(len(COMPLETIONS))]
+    stops_before_the_update(student, teacher, tokenizer, tmp_path, "A task reward is not finite", reward)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_stops_the_training(student, teacher, tokenizer, tmp_path, clip):
+    student.model.norm.weight.register_hook(lambda gradient: gradient * math.nan)
+    message = "The norm of the gradient is not finite"
+    stops_before_the_update(student, teacher, tokenizer, tmp_path, message, max_grad_norm=clip)
+
+
+def test_log_probabilities_that_are_not_finite_stop_the_training(student, teacher, tokenizer, tmp_path):
+    def spoil(module, inputs, output):  # in the loss alone
+        return output * math.nan if torch.is_grad_enabled() else output
+
+    student.model.norm.register_forward_hook(spoil)
+    stops_before_the_update(student, teacher, tokenizer, tmp_path, "A log-probability in loss/policy is not finite")
+
+
+def test_a_budget_that_charges_nothing_warns(student, teacher, tokenizer, tmp_path):
+    with pytest.warns(UserWarning, match="choose a budget between"):
+        build(student, teacher, tokenizer, tmp_path, reward_form="hinge")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        build(student, teacher, tokenizer, tmp_path, reward_form="lagrangian")
+        build(student, teacher, tokenizer, tmp_path, reward_form="hinge", budget=BUDGET)
 
 
 # ---- what is logged ----
@@ -681,10 +958,17 @@ def test_a_head_with_too_few_rows_is_refused_by_name(student, teacher, tokenizer
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss_type": "grpo"}, "loss_type is one of .*'grpo'"),
-        ({"reward_form": "cliff"}, "reward_form is one of .*'cliff'"),
-        ({"divergence": "tv"}, "divergence is one of .*'tv'"),
-        ({"scale_rewards": "batch"}, "scale_rewards is one of .*'batch'"),
+        ({"loss_type": "grpo"}, "loss_type must be 'dapo' or .*'grpo'"),
+        ({"reward_form": "cliff"}, "reward_form must be 'exhausted' or .*'cliff'"),
+        ({"divergence": "tv"}, "divergence must be 'reverse_kl' or .*'tv'"),
+        ({"scale_rewards": "batch"}, "scale_rewards must be 'none' or .*'batch'"),
+        (
+            {"multi_objective_aggregation": "normalize_then_sum"},
+            "must be 'sum_then_normalize', not 'normalize_then_sum'",
+        ),
+        ({"top_entropy_quantile": 0.2}, "top_entropy_quantile must be 1.0"),
+        ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold must be None"),
+        ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32 must be False"),
         ({"beta": 0.04}, "beta must be 0"),
         ({"budget": -1.0}, "budget must be 0 nats or more"),
         ({"budget": math.nan}, "budget must be 0 nats or more"),
@@ -694,7 +978,25 @@ def test_a_head_with_too_few_rows_is_refused_by_name(student, teacher, tokenizer
         ({"dual_rate": 0.1}, "dual_rate moves the weight of the mean cost"),
         ({"margin": 1.0}, "share of the budget"),
         ({"step_budget": -1.0}, "0 nats or more"),
-        ({"credit": "token"}, "credit is one of"),
+        ({"credit": "token"}, "credit must be 'sequence' or"),
+        ({"credit": "return_to_go", "scale_rewards": "group"}, "Credit per token needs scale_rewards='none'"),
+        ({"credit": "return_to_go", "importance_sampling_level": "sequence"}, "importance_sampling_level='token'"),
+        *[({"divergence": kind, "long_term": False}, "use divergence='k2'") for kind in ("k1", "k3")],
+        *[({"divergence": kind, "distil_steps": 1}, "use divergence='k2'") for kind in ("k1", "k3")],
+        *[({"divergence": kind, "credit": "length_normalised"}, "use divergence='k2'") for kind in ("k1", "k3")],
+        ({"budget_from": 2.0}, "give both finite, or neither"),
+        ({"budget_from": math.inf, "budget": 2.0}, "give both finite, or neither"),
+        ({"dual_rate": 0.1, "reward_form": "lagrangian"}, "and a budget"),
+        *[({"lam": value}, "lam must be finite") for value in (math.nan, math.inf)],
+        *[({"penalty": value}, "penalty must be finite") for value in (math.nan, math.inf)],
+        *[({"task_weight": value}, "task_weight must be finite") for value in (math.nan, math.inf, -1.0)],
+        *[({"discount": value}, "discount must be above 0") for value in (math.nan, math.inf, -1.0, 0.0)],
+        *[({"dual_rate": value}, "dual_rate must be finite") for value in (math.nan, math.inf, -1.0)],
+        *[({"csr_target": value}, "csr_target must be between 0 and 1") for value in (math.nan, 2.0)],
+        *[({"jsd_beta": value}, "jsd_beta must be above 0") for value in (math.nan, 0.0, 1.0)],
+        ({"margin": math.nan}, "share of the budget"),
+        ({"step_budget": math.inf}, "step_budget must be finite"),
+        ({"distil_steps": -1}, "distil_steps must be 0 or more"),
     ],
     ids=str,
 )
