@@ -46,9 +46,8 @@ def read(source: str | Path, split: str, hub: Mapping[str, tuple], fields: tuple
     `source` is a data set on the Hub, if `hub` has it with the configurations to read; a folder with `<split>.jsonl`,
     `<split>.parquet` or `<split>-*.parquet`; or such a file.
 
-    Raises:
-        FileNotFoundError: there is nothing at the path, or the data set is neither cached nor reachable.
-        ValueError: a file cannot be read, or a row lacks a field.
+    Raises `FileNotFoundError` where there is nothing, or the data set is neither cached nor reachable, and `ValueError`
+    where a file cannot be read or a row lacks a field.
     """
     path = Path(source)
     if str(source) in hub and not path.exists():
@@ -86,10 +85,8 @@ def _read_file(path: Path) -> list[dict]:
 
 def cut(train: list[dict], test: list[dict], sizes: Mapping[str, int | None], seed: int) -> dict[str, list[dict]]:
     """Disjoint splits: "test" from the head of `test`, all others from `train`, shuffled by `seed`, in the order of
-    `sizes`; None takes all that is left. A question is kept once, and not in `train` if `test` has it.
-
-    Raises:
-        ValueError: there are too few problems.
+    `sizes`; None takes all that is left. A question is kept once, and not in `train` if `test` has it. Raises
+    `ValueError` where there are too few problems.
     """
     first: dict[str, dict] = {}
     for row in [*test, *train]:

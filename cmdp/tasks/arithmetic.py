@@ -58,11 +58,8 @@ def render(rng: random.Random, start: int, operations: list[tuple[str, int]]) ->
         phrasing = rng.choice(LEADS) + rng.choice(PHRASINGS)
         lines.append(phrasing.format(a=value, op=VERBS[verb], b=number, c=result))
         value = result
-    return {
-        "prompt": f"{prompt} . how many ?\n",
-        "solution": " ; ".join([*lines, f"# {value}"]),
-        "answer": str(value),
-    }
+    solution = " ; ".join([*lines, f"# {value}"])
+    return {"prompt": f"{prompt} . how many ?\n", "solution": solution, "answer": str(value)}
 
 
 def problems(sizes: dict[str, int], steps: tuple[int, int], seed: int) -> dict[str, list[dict[str, str]]]:

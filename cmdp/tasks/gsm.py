@@ -30,9 +30,8 @@ def problems(source: str | Path, sizes: dict[str, int | None], seed: int, tokeni
     `source` is "openai/gsm8k" on the Hub; a folder with files (see `tasks.read`) whose rows have `question` and
     `answer`, the last line of which is `#### n`; or "gsm-symbolic".
 
-    Raises:
-        FileNotFoundError: the problems are not there, or the Hub is not reachable.
-        ValueError: there are too few, or a row is malformed.
+    Raises `FileNotFoundError` where the source is not there or not reachable, and `ValueError` where there are too few
+    problems or a row is malformed.
     """
     if str(source) == SYMBOLIC:
         splits = symbolic(sizes, seed)

@@ -51,17 +51,15 @@ _NUMBER = r"(?<![0-9.,])(?:(?:0|[1-9][0-9]{0,2}(?:,[0-9]{3})+|[1-9][0-9]*)(?:\.[
 _EXPRESSION = re.compile(rf"(?:{_NUMBER} ?%?|[-+*/^()\s])+")
 _CHANGES = rf"{NUMBER_WORDS}|per ?cent|cents?|¢|point|am|pm|a\.m|p\.m|o'clock"
 _BEFORE = re.compile(  # what an equation may not follow: an operator in words, a label, a word number
-    rf"[0-9]\S*\s+(?!and$)[^\W\d]+$|(?<!total )(?<!sum )(?<!cost )(?<!amount )\bof$|(?<![\w'’])(?:{_CHANGES}"
-    r"|[b-hj-z]|by|per|over|than|to|from|less|more|(?:an)?other|additional|extra|step|phase|round|method|option|day|week|month"
-    r"|year|part|no|number|question|problem|case|page|chapter|grade|room|level|away|average|mean|log|ln|sin|cos|tan|sqrt|max|min|gcd"
-    r"|(?:one|two|half) and)s?$",
-    re.I,
+    rf"(?i)[0-9]\S*\s+(?!and$)[^\W\d]+$|(?<!total )(?<!sum )(?<!cost )(?<!amount )\bof$|(?<![\w'’])(?:{_CHANGES}"
+    r"|[b-hj-z]|by|per|over|than|to|from|less|more|(?:an)?other|additional|extra|step|phase|round|method|option|day|week"
+    r"|month|year|part|no|number|question|problem|case|page|chapter|grade|room|level|away|average|mean|log|ln|sin|cos"
+    r"|tan|sqrt|max|min|gcd|(?:one|two|half) and)s?$"
 )
 _AFTER = re.compile(  # what may not follow it: such a word, "and a half", another quantity, a remainder
-    rf"\s*(?:{_CHANGES})s?\b|\s*[b-fi-kn-rt-z](?:\b| ?[0-9])|\s*and\s+(?:an?\b|one\b|half|\(?[0-9]+ ?/)"
+    rf"(?i)\s*(?:{_CHANGES})s?\b|\s*[b-fi-kn-rt-z](?:\b| ?[0-9])|\s*and\s+(?:an?\b|one\b|half|\(?[0-9]+ ?/)"
     r"|\s*[a-z]+\.?,?\s+(?:and\s+)?[0-9.,]+\s*[a-z]"
-    r"|[^.;!?=]*(?:\b(?:remainder|mod|modulo)\b|[0-9]+(?: \w+)? (?:remain|left)|left ?over|leaving)",
-    re.I,
+    r"|[^.;!?=]*(?:\b(?:remainder|mod|modulo)\b|[0-9]+(?: \w+)? (?:remain|left)|left ?over|leaving)"
 )
 _CLAUSE = re.compile(r"[.;:!?=]|,\s|\b(?:and|so|then|because|since|which|but)\b")
 _OPERATOR = re.compile(r"[+*⊗^<>\\{}_|√=]|\s/|/\s|\s-\s*[0-9(]|-\s")
