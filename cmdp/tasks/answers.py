@@ -57,10 +57,10 @@ _UNITS = """cm centimeter centimetre|mm millimeter millimetre|km kilometer kilom
     |% percent percentage|cent ¢|$ dollar usd|€ euro eur|£ gbp|₹ rs rupee inr|2 square sq|3 cubic cu"""
 _SAME_UNIT = {word: words.split()[0] for words in _UNITS.split("|") for word in words.split()}
 NUMBER_WORDS = (  # that change the number beside them
-    r"plus|minus|times|squared|cubed|root|factorial|mod|modulo|choose|divided|multiplied|remainder|r(?!s)|zero|one|two|half"
-    r"|halve|third|quarter|(?:three|four|fif|five|six|seven|eigh|eight|ni?ne?|ten|eleven|twelve|twelf|hundred|thousand"
-    r"|\w+illion)(?:th)?|(?:twen|thir|four|for|fif|six|seven|eigh|nine)t(?:y|een|ieth|eenth)|lakh|crore|myriad|dozen|score"
-    r"|gross|pair|couple|double|twice|triple|fold|negative"
+    r"plus|minus|times|squared|cubed|root|factorial|mod|modulo|choose|divided|multiplied|remainder|r(?!s)|zero|one|two"
+    r"|half|halve|third|quarter|(?:three|four|fif|five|six|seven|eigh|eight|ni?ne?|ten|eleven|twelve|twelf|hundred"
+    r"|thousand|\w+illion)(?:th)?|(?:twen|thir|four|for|fif|six|seven|eigh|nine)t(?:y|een|ieth|eenth)|lakh|crore|myriad"
+    r"|dozen|score|gross|pair|couple|double|twice|triple|fold|negative"
 )
 _NOT_UNITS = re.compile(  # these, and words that go on or deny
     rf"^ *and\b|\b(?:{NUMBER_WORDS}|or|but|not|no|over|by|power|pi|sqrt|log|base|bn|mil|ish|below|to|through|until"

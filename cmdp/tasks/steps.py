@@ -52,9 +52,9 @@ _EXPRESSION = re.compile(rf"(?:{_NUMBER} ?%?|[-+*/^()\s])+")
 _CHANGES = rf"{NUMBER_WORDS}|per ?cent|cents?|¢|point|am|pm|a\.m|p\.m|o'clock"
 _BEFORE = re.compile(  # what an equation may not follow: an operator in words, a label, a word number
     rf"(?i)[0-9]\S*\s+(?!and$)[^\W\d]+$|(?<!total )(?<!sum )(?<!cost )(?<!amount )\bof$|(?<![\w'’])(?:{_CHANGES}"
-    r"|[b-hj-z]|by|per|over|than|to|from|less|more|(?:an)?other|additional|extra|step|phase|round|method|option|day|week"
-    r"|month|year|part|no|number|question|problem|case|page|chapter|grade|room|level|away|average|mean|log|ln|sin|cos"
-    r"|tan|sqrt|max|min|gcd|(?:one|two|half) and)s?$"
+    r"|[b-hj-z]|by|per|over|than|to|from|less|more|(?:an)?other|additional|extra|step|phase|round|method|option|day"
+    r"|week|month|year|part|no|number|question|problem|case|page|chapter|grade|room|level|away|average|mean|log|ln|sin"
+    r"|cos|tan|sqrt|max|min|gcd|(?:one|two|half) and)s?$"
 )
 _AFTER = re.compile(  # what may not follow it: such a word, "and a half", another quantity, a remainder
     rf"(?i)\s*(?:{_CHANGES})s?\b|\s*[b-fi-kn-rt-z](?:\b| ?[0-9])|\s*and\s+(?:an?\b|one\b|half|\(?[0-9]+ ?/)"
