@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cmdp.divergence import divergence_from_logits
 from replication.theory import trees as exact
 
 
@@ -97,7 +96,7 @@ def example(parameters: dict) -> dict[str, pd.DataFrame]:
     """One small tree, token by token, under the budgeted and the soft optimum of equal mean cost."""
     settings = parameters["example"]
     tree = exact.make_trees(parameters, 1, stream=settings["stream"], shape=tuple(settings["shape"]))
-    budget = settings["budget"]
+    budget, vocab = settings["budget"], settings["shape"][0]
     grid = exact.budget_grid(parameters, budget)
     budgeted, _ = exact.budgeted_policy(tree, grid, exact.budgeted_values(tree, grid), len(grid) - 1)
     mean = exact.outcome(tree, budgeted, budget)["cost"]
@@ -106,16 +105,14 @@ def example(parameters: dict) -> dict[str, pd.DataFrame]:
         middle = (low * high) ** 0.5
         cost = exact.outcome(tree, exact.soft_optimum(tree, middle)[1], budget)["cost"]
         low, high = (middle, high) if cost > mean else (low, middle)
-    rows = []
+    tables, child = [], tree.paths.child.flatten().numpy()
     for name, logits in (("budgeted", budgeted), ("soft", exact.soft_optimum(tree, high)[1])):
-        policy, cost = logits.softmax(-1)[0].tolist(), divergence_from_logits(logits, tree.teacher)[0].tolist()
-        before = {0: 0.0}  # nats spent on arrival at each state
-        for state, children in enumerate(tree.paths.child.tolist()):
-            spent = before[state] + cost[state]
-            before |= dict.fromkeys(children, spent)
-            for token, child in enumerate(children):
-                reward = float(tree.reward[0, -1 - child]) if child < 0 else np.nan
-                here = name, state, int(tree.paths.depth[state]), token, child
-                rows.append((*here, policy[state][token], spent, reward))
-    columns = ["policy", "state", "depth", "token", "child", "probability", "spent", "reward"]
-    return {"example": pd.DataFrame(rows, columns=columns).assign(budget=budget)}
+        on, spent = tree.paths.mask != 0, np.empty(len(tree.paths.depth))
+        spent[tree.paths.state[on]] = exact.sequences(tree, logits).cost[0].cumsum(-1)[on]
+        each = {"state": np.arange(len(spent)), "depth": tree.paths.depth}  # by state, then by token
+        columns = {"policy": name} | {column: np.repeat(value, vocab) for column, value in each.items()}
+        columns |= {"token": np.tile(np.arange(vocab), len(spent)), "child": child}
+        columns |= {"probability": logits.softmax(-1).flatten(), "spent": np.repeat(spent, vocab)}
+        columns["reward"] = np.where(child < 0, tree.reward[0].numpy()[-1 - child], np.nan)
+        tables.append(pd.DataFrame(columns))
+    return {"example": pd.concat(tables).assign(budget=budget)}

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib import pyplot as plt
-from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from cmdp.storage import whole
 from replication.plots import PALETTE, save
@@ -45,7 +44,7 @@ def learners(results: Path) -> plt.Figure:
     edge = 1.36
     for method, part in rows[rows["of_optimum"] > edge].groupby("method")["of_optimum"]:
         axes[0].text(edge, place[method] + 0.5, f"{part.min():.0%} to {part.max():.0%} →", ha="right", fontsize=8)
-    axes[0].xaxis.set_major_formatter(PercentFormatter(1))
+    axes[0].xaxis.set_major_formatter("{x:.0%}")
     axes[0].set(xlabel="reward / budgeted optimum", xlim=(0.3, edge), ylim=(0.4, len(place) + 0.8))
     names = {name: f"{name} (ours)" for name in OURS} | {"soft optimum, never": "best soft λ, no violation"}
     axes[0].set_yticks(place, [names.get(name, name) for name in place.index])
@@ -104,8 +103,8 @@ def average(results: Path) -> plt.Figure:
         axis.ecdf(share, ls=dash, color=colour, lw=1.6, label=f"d = {budget:g} nats")
     axis.set(xlabel="trajectories over the budget, although E[C] ≤ d", ylabel="trees (cumulative)", xlim=(0, None))
     axis.legend(fontsize=8, frameon=False, loc="lower right")
-    for each in (axis.xaxis, axis.yaxis):
-        each.set_major_formatter(PercentFormatter(1))
+    axis.xaxis.set_major_formatter("{x:.0%}")
+    axis.yaxis.set_major_formatter("{x:.0%}")
     return figure
 
 
@@ -132,7 +131,7 @@ def penalty(results: Path) -> plt.Figure:
         axis.set_xscale("function", functions=(np.log1p, np.expm1))
         axis.set_xticks([0, 1, 3, 10, 30, 100])
         axis.set(xlim=(0, None), ylim=(0, 1.05 * mean["bound"].max()))
-    axis.yaxis.set_major_formatter(PercentFormatter(1))
+    axis.yaxis.set_major_formatter("{x:.0%}")
     axis.legend(fontsize=8, frameon=False)
     return figure
 
@@ -157,19 +156,18 @@ def exact_penalty(results: Path) -> plt.Figure:
     gains, found = (pd.read_csv(results / f"exact_penalty{part}.csv") for part in ("_gain", ""))
     mean, found = gains.groupby(["budget", "lambda"])["gain"].mean(), found[found["resolved"]]
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.4), layout="constrained")
-    for (budget, part), (marker, dash, colour) in zip(found.groupby("budget"), BY_BUDGET, strict=False):
-        positive = mean[budget][mean[budget] > 1e-9]
+    for budget, (marker, dash, colour) in zip(mean.index.unique("budget"), BY_BUDGET, strict=False):
+        positive, part = mean[budget][mean[budget] > 1e-9], found[found["budget"] == budget]
         left.plot(positive, marker, ls=dash, ms=4, color=colour, label=f"d = {budget:g}")
         right.plot(part["greatest_price"], part["threshold"], marker, ms=4, color=colour, mfc="none")
     left.set(xlabel="λ", ylabel=r"max $\tilde{J}$ − V(s₀, d)  (zeros not drawn)", xscale="log", yscale="log")
     right.axline((1, 1), (10, 10), color="black", lw=0.8, label="equal")
     right.set(xlabel="greatest price of a nat, max 1/η(s)", ylabel="least sufficient λ", xscale="log", yscale="log")
-    for axis in (right.xaxis, right.yaxis):
-        axis.set_ticks([1, 3, 10, 30])
+    right.set(xticks=[1, 3, 10, 30], yticks=[1, 3, 10, 30])
     for axis in (left.xaxis, right.xaxis, right.yaxis):
-        axis.set_major_formatter(FuncFormatter("{:g}".format))
-    for axes in (left, right):
-        axes.legend(fontsize=8, frameon=False)
+        axis.set_major_formatter("{x:g}")
+    left.legend(fontsize=8, frameon=False)
+    right.legend(fontsize=8, frameon=False)
     return figure
 
 

@@ -1,5 +1,6 @@
-"""Tables of the theory study as its notebook shows them, from the result files or the summary's `results` (`found`)."""
+"""Tables of the theory study as its notebook shows them, each from the result files in `results`."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -7,6 +8,20 @@ import pandas as pd
 from replication.theory import OURS
 
 MEASURES = {"of_optimum": "reward / optimum", "csr": "CSR"}
+
+
+def summary(results: Path, part: str) -> dict:
+    """One part of the numbers in summary.json."""
+    return json.loads((results / "summary.json").read_text(encoding="utf-8"))["results"][part]
+
+
+def numbers(results: Path, part: str) -> pd.DataFrame:
+    """One part of the summary: a row per case, or one row of its single numbers."""
+    found = summary(results, part)
+    if not all(isinstance(x, dict) for x in found.values()):
+        found = {part: {name: x for name, x in found.items() if isinstance(x, float)}}
+    table = pd.DataFrame.from_dict(found, orient="index").map("{:.3g}".format)
+    return table.rename(lambda name: name.replace("_", " ")).rename(columns=lambda name: name.replace("_", " "))
 
 
 def bracket(results: Path) -> pd.DataFrame:
@@ -21,30 +36,16 @@ def augmentation(results: Path) -> pd.DataFrame:
     return pd.read_csv(results / "augmentation.csv").rename(columns=names).set_index("tree").round(4)
 
 
-def gain_over_soft(found: dict) -> pd.DataFrame:
+def gain_over_soft(results: Path) -> pd.DataFrame:
     """Reward of the budgeted optimum minus that of the best soft optimum that never violates: quantiles over trees."""
-    table = 100 * pd.DataFrame(found["optimum"]["gain_over_best_soft_never"], index=["10 %", "median", "90 %"]).T
-    return table.round(1).rename_axis(index="budget d", columns="gain (points of reward)")
+    table = pd.DataFrame(summary(results, "optimum")["gain_over_best_soft_never"], index=["10 %", "median", "90 %"]).T
+    return (100 * table).round(1).rename_axis(index="budget d", columns="gain (points of reward)")
 
 
-def penalty_bound(found: dict) -> pd.DataFrame:
-    """Section 4 (a): how close the maximisers come to the bound."""
-    return (
-        pd.DataFrame(found["penalty_bound"]).T.set_axis(["greatest p / bound", "greatest p at n > 0"], axis=1).round(3)
-    )
-
-
-def gradient(found: dict) -> pd.DataFrame:
-    """Section 4 (c): the formula's error away from crossings, and the jumps of J~ at crossings."""
-    table = pd.DataFrame(found["jump"]).T.set_axis(["greatest jump", "error of the predicted jump"], axis=1)
-    table.insert(0, "formula's greatest relative error", pd.Series(found["gradient"]["greatest_relative_error"]))
-    return table.map("{:.1e}".format)
-
-
-def prices(found: dict) -> pd.DataFrame:
+def prices(results: Path) -> pd.DataFrame:
     """The lambda from which the hinge's maximiser is feasible, and the prices that predict it: quantiles over trees."""
     names = {"threshold": "least sufficient λ", "greatest_price": "greatest price", "root_price": "price at the root"}
-    table = pd.DataFrame(found["exact_penalty"] | {"quantile": ["10 %", "median", "90 %", "greatest"]})
+    table = pd.DataFrame(summary(results, "exact_penalty") | {"quantile": ["10 %", "median", "90 %", "greatest"]})
     return table.set_index("quantile")[[*names]].rename(columns=names).round(2)
 
 

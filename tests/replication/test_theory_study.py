@@ -185,11 +185,13 @@ def test_figures_draw_the_numbers_of_the_files(results):
 
 
 def test_the_notebook_s_tables_are_of_the_files(results):
-    found = json.loads((results / "summary.json").read_text())["results"]
-    for table in (tables.bracket, tables.augmentation, tables.first_cost):
+    of_files = tables.bracket, tables.augmentation, tables.first_cost
+    for table in (*of_files, tables.gain_over_soft, tables.prices):
         assert not table(results).isna().any(axis=None)
-    for table in (tables.gain_over_soft, tables.penalty_bound, tables.gradient, tables.prices):
-        assert not table(found).isna().any(axis=None)
+    for part, rows in (("penalty_bound", 3), ("gradient", 1), ("jump", 3), ("optimum", 1), ("exact_penalty", 1)):
+        assert len(tables.numbers(results, part)) == rows
+    shares = pd.read_csv(results / "optimum.csv")["soft_on_average_violation"]
+    assert tables.numbers(results, "mean_is_not_enough")["median"].item() == f"{shares.median():.3g}"
     learners = tables.learners(results)
     assert set(learners.index[learners["gain in CSR (points)"] != ""]) == {"cmdp", "worst-case", *OURS}
     row = pd.read_csv(results / "against_optimum.csv").query("method == 'grpo' and variant == 'sampled'").iloc[0]
