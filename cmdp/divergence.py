@@ -104,8 +104,7 @@ def divergence_from_hidden(
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     _check_exact(kind, jsd_beta)
-    rows, others = len(student_head.weight), len(teacher_head.weight)
-    if rows != others:
+    if (rows := len(student_head.weight)) != (others := len(teacher_head.weight)):
         message = f"The student's head has {rows} rows and the teacher's {others}"
         raise ValueError(f"{message}: pass the tokenizer's size to `lm_head` for both.")
     on = mask != 0
@@ -114,6 +113,10 @@ def divergence_from_hidden(
         settings = kind, jsd_beta, temperature
         values, _, _ = _in_tiles(student_hidden, student_head, None, teacher_hidden, teacher_head, *settings)
     else:
+        if student_head.bias is not None and teacher_head.bias is not None:  # the kernel has no number for 0 log 0
+            banned = (student_head.bias == -torch.inf) & (teacher_head.bias == -torch.inf)
+            heads = [head._replace(bias=head.bias.masked_fill(banned, -1e4)) for head in (student_head, teacher_head)]
+            student_head, teacher_head = heads
         beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": jsd_beta}[kind]
         inputs = student_hidden, *student_head[:2], teacher_hidden, *teacher_head[:2]
         values, _ = ChunkedDivergenceFunction.apply(*inputs, beta, temperature, *student_head[2:], *teacher_head[2:])
@@ -255,7 +258,7 @@ def _log_ratio(p: Tensor, q: Tensor) -> Tensor:
 
 
 def _finite(log_probs: Tensor) -> Tensor:
-    """Log-probabilities with the lowest number in place of -inf: its product with probability 0 is 0, not NaN."""
+    """The lowest number in place of -inf, so that its product with probability 0 is 0, not NaN."""
     return log_probs.clamp(min=torch.finfo(log_probs.dtype).min)
 
 

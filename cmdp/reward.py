@@ -29,13 +29,8 @@ def discount_factors(mask: Tensor, discount: float = 1.0) -> Tensor:
 
 
 def cumulative_cost(cost: Tensor, mask: Tensor, discount: float = 1.0) -> Tensor:
-    """C_t = sum_{k<=t} gamma^(k-1) c(s_k), in nats: (B, T), constant after the last token.
-
-    Args:
-        cost: (B, T), nats; values off the mask are ignored.
-        mask: (B, T), 1 on the student's own tokens.
-        discount: gamma.
-    """
+    """C_t = sum_{k<=t} gamma^(k-1) c(s_k), in nats: (B, T), (B, T) -> (B, T), constant after the last token. `mask` is
+    1 on the student's own tokens; what `cost` holds elsewhere is ignored."""
     cost = cost.masked_fill(mask == 0, 0.0)
     return (cost * discount_factors(mask.to(cost.dtype), discount)).cumsum(dim=1)
 
@@ -43,8 +38,8 @@ def cumulative_cost(cost: Tensor, mask: Tensor, discount: float = 1.0) -> Tensor
 def trajectory_budget(limit: float, mask: Tensor, form: str = "total") -> Tensor:
     """The budget d of each trajectory, in nats: (B,).
 
-    `total` grants `limit` nats per trajectory; `per_token` grants `limit` nats for each of its L tokens, so that it is
-    checked only at the end. Raises `ValueError` as `check_budget` does.
+    `total` grants `limit` nats per trajectory; `per_token` grants them for each of its L tokens, so that it is checked
+    only at the end. Raises `ValueError` as `check_budget` does.
     """
     check_budget(limit, form)
     if form == "total":
@@ -154,9 +149,7 @@ def group_advantages(returns: Tensor, group_size: int, scale: bool = False, floo
 
     NaN marks a completion without a reward: it is left out of its group's mean and gets advantage 0.
 
-    Args:
-        returns: (N,); groups of `group_size` completions are consecutive.
-        scale: divide by the group's standard deviation (G - 1 in the denominator) plus `floor`.
+    Groups are consecutive. `scale` divides by the group's standard deviation (G - 1 in the denominator) plus `floor`.
     """
     groups = returns.view(-1, group_size)
     centred = groups - groups.nanmean(dim=1, keepdim=True)

@@ -1,12 +1,10 @@
 """`CMDPTrainer`: constrained distillation as a TRL GRPO trainer with a teacher (method, section 6).
 
 A training step samples a group of completions per prompt and scores them once, without gradient, with student and
-teacher. That gives the cost of every token; cost and task reward give the modified reward and its group advantage. The
-loss has two parts. The policy part is TRL's clipped GRPO loss on those advantages. The single-step part is
-sum_t weight_t D(student || teacher)(s_t), differentiated through the student's distribution; it reuses the teacher's
-hidden states from the scoring pass, so that the loss costs one student forward and backward and no second teacher
-forward. Everything else (rollouts by transformers or vLLM, PEFT, quantisation, accelerate, checkpoints, loggers) is the
-library's.
+teacher: the cost of every token. Cost and task reward give the modified reward and its group advantage. The loss is
+TRL's clipped GRPO loss on those advantages (the policy part) plus sum_t weight_t D(student || teacher)(s_t),
+differentiated through the student's distribution (the single-step part); it reuses the teacher's hidden states from the
+scoring pass. Rollouts, PEFT, quantisation, distribution, checkpoints and loggers are the library's.
 """
 
 import functools
@@ -147,8 +145,10 @@ class CMDPTrainer(GRPOTrainer):
 
     def __init__(self, model, teacher: PreTrainedModel, reward_funcs, args: CMDPConfig, **kwargs):
         super().__init__(model, reward_funcs, args, **kwargs)
+        if getattr(getattr(teacher, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError("The teacher has a learned prompt, which is not read: give one without, or with LoRA.")
         student = self.accelerator.unwrap_model(self.model)
-        student = student.get_base_model() if hasattr(student, "get_base_model") else student
+        student, teacher = (x.get_base_model() if hasattr(x, "get_base_model") else x for x in (student, teacher))
         self._vocab_size = len(self._tokenizer)
         self._sampled = args.divergence in SAMPLED
         for role, other, fused in (("student", student, True), ("teacher", teacher, self._sampled)):
@@ -214,26 +214,22 @@ class CMDPTrainer(GRPOTrainer):
     def _exact_divergence(
         self, teacher_hidden, where, model, fused_forward, labels=None, fused_lm_head=False, **inputs
     ) -> ScoredOutput:
-        """What the student's forward does in `_student_pass`: `fused_forward`, and the divergence."""
-        keep, settings = where.shape[1], (self.args.divergence, self.args.jsd_beta, self.temperature)
-        if fused_lm_head and divergences.own_tiles(teacher_hidden) and "output_router_logits" not in inputs:
-            labels = labels[:, -keep:]
-            hidden = model.base_model(**inputs).last_hidden_state[:, -keep - 1 : -1]
-            tokens, mask = labels.clamp(min=0), labels != -100
-            teacher = teacher_hidden, self._teacher_head
-            scores = divergences.score_on_cpu(hidden, lm_head(model), tokens, mask, *teacher, where, *settings)
-            return ScoredOutput(**dict(zip(("divergence", "log_probs", "entropy"), scores, strict=True)))
-        if fused_lm_head:
+        """What the student's forward does in `_student_pass`: `fused_forward`, if asked for, and the divergence."""
+        keep, output, teacher = where.shape[1], {}, (teacher_hidden, self._teacher_head)
+        settings = where, self.args.divergence, self.args.jsd_beta, self.temperature
+        together = fused_lm_head and divergences.own_tiles(teacher_hidden) and "output_router_logits" not in inputs
+        if fused_lm_head and not together:
             with _keep_hidden(model, captured := {}):
                 output = fused_forward(labels=labels, fused_lm_head=True, **inputs)
+            hidden = captured["hidden"][:, -keep - 1 : -1]
         else:
-            captured, output = {"hidden": model.base_model(**inputs).last_hidden_state}, {}
-        hidden = captured["hidden"][:, -keep - 1 : -1]
+            hidden = model.base_model(**inputs).last_hidden_state[:, -keep - 1 : -1]
+        if together:
+            tokens, mask = labels[:, -keep:].clamp(min=0), labels[:, -keep:] != -100
+            scores = divergences.score_on_cpu(hidden, lm_head(model), tokens, mask, *teacher, *settings)
+            return ScoredOutput(**dict(zip(("divergence", "log_probs", "entropy"), scores, strict=True)))
         head = lm_head(model, self._vocab_size)
-        divergence = divergences.divergence_from_hidden(
-            hidden, head, teacher_hidden, self._teacher_head, where, *settings
-        )
-        return ScoredOutput(**output, divergence=divergence)
+        return ScoredOutput(**output, divergence=divergences.divergence_from_hidden(hidden, head, *teacher, *settings))
 
     @torch.no_grad()
     def _teacher_pass(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
@@ -328,7 +324,7 @@ class CMDPTrainer(GRPOTrainer):
         if args.mask_truncated_completions:
             self._leave_out_truncated(outputs)
 
-        self._log_trajectories(task_reward, cost, mask, budget, modified)
+        self._log_trajectories(task_reward, total, budget, mask, cost, modified)
         metrics = self._metrics[self._mode]
         metrics["lambda"].append(terms["lam"])
         rollout_time = time.perf_counter() - start
@@ -345,11 +341,8 @@ class CMDPTrainer(GRPOTrainer):
         if args.budget_from is not None:
             left = max(0.0, 1 - 2 * step / max(1, self.state.max_steps))
             budget += left * (args.budget_from - args.budget)
-        terms = {
-            "form": args.reward_form,
-            "lam": self._dual.lam if args.dual_rate else args.lam,
-            "penalty": args.penalty,
-        }
+        lam = self._dual.lam if args.dual_rate else args.lam
+        terms = {"form": args.reward_form, "lam": lam, "penalty": args.penalty}
         if args.csr_target is not None and csr < args.csr_target:
             terms |= {"form": "lagrangian", "penalty": 0.0}
         return budget, args.task_weight, args.long_term, terms
@@ -373,7 +366,7 @@ class CMDPTrainer(GRPOTrainer):
         mask, ends = outputs["completion_mask"], [*self.eos_token_ids, self._tokenizer.pad_token_id]
         last = outputs["completion_ids"].gather(1, (mask.sum(dim=1, keepdim=True) - 1).clamp(min=0))
         ended = torch.isin(last, torch.tensor(ends, device=last.device))  # (B, 1)
-        for name in {"completion_mask", "tool_mask"} & outputs.keys():
+        for name in {"completion_mask", "tool_mask", "old_per_token_logps"} & outputs.keys():
             outputs[name] = outputs[name] * ended
         outputs["num_items_in_batch"] = self.accelerator.gather(_loss_mask(outputs).sum()).sum()
 
@@ -459,9 +452,8 @@ class CMDPTrainer(GRPOTrainer):
         self._check_finite(f"{quantity} in {name}", value)
         self._metrics[self._mode][name].append(value)
 
-    def _log_trajectories(self, task_reward, cost, mask, budget, modified) -> None:
+    def _log_trajectories(self, task_reward, total, budget, mask, cost, modified) -> None:
         """Log what the rollouts of all processes were worth and what they cost, under stable names."""
-        total = cumulative_cost(cost, mask, self.args.discount)[:, -1]
         columns = [task_reward, total, budget, mask.sum(1), (modified.over * mask).sum(1), modified.total, cost.sum(1)]
         gathered = self.accelerator.gather(torch.stack([column.float() for column in columns], dim=1))
         reward, total, budget, length, over, modified_total, undiscounted = gathered.unbind(dim=1)

@@ -651,7 +651,7 @@ def test_under_fp16_what_is_trained_is_held_in_float32(student, teacher, tokeniz
 
 
 def with_adapter_on_head(model, kind: str):
-    """(the model with a random adapter on its head, the same model with the adapter merged)."""
+    """(the PEFT model with a random adapter on its head, the model with the adapter merged)."""
     from peft import LoraConfig, get_peft_model
 
     adapted = untied(model)
@@ -665,7 +665,7 @@ def with_adapter_on_head(model, kind: str):
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
                 parameter += 0.5 * torch.randn(parameter.shape, generator=generator)
-    return wrapped.get_base_model(), copy.deepcopy(wrapped).merge_and_unload()
+    return wrapped, copy.deepcopy(wrapped).merge_and_unload()
 
 
 def untied(model, bias: torch.Tensor | None = None):
@@ -693,12 +693,20 @@ def test_a_teachers_adapter_on_its_head_is_charged_as_if_merged(original_pair, t
             build(copy.deepcopy(student), adapted, tokenizer, tmp_path, **options)
         return
     costs = []
-    for model in (adapted, merged, untied(teacher)):
+    for model in (adapted, merged, adapted.get_base_model(), untied(teacher)):
         trainer = build(copy.deepcopy(student), model, tokenizer, tmp_path, **options)
         trainer.train()
         costs.append(trainer.state.log_history[0]["cost/mean"])
-    assert costs[0] == pytest.approx(costs[1], rel=1e-4)
-    assert abs(costs[0] - costs[2]) > 0.1 * costs[2]
+    assert costs[:3] == pytest.approx(costs[1:2] * 3, rel=1e-4)
+    assert abs(costs[0] - costs[3]) > 0.1 * costs[3]
+
+
+def test_a_teacher_with_a_learned_prompt_is_refused(student, teacher, tokenizer, tmp_path):
+    from peft import PromptTuningConfig, get_peft_model
+
+    prompted = get_peft_model(teacher, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="The teacher has a learned prompt"):
+        build(student, prompted, tokenizer, tmp_path, budget=BUDGET)
 
 
 def test_a_students_adapter_on_its_head_is_refused_and_a_copy_of_the_head_is_trained(
@@ -707,7 +715,7 @@ def test_a_students_adapter_on_its_head_is_refused_and_a_copy_of_the_head_is_tra
     from peft import LoraConfig
 
     student, teacher = original_pair
-    adapted, _ = with_adapter_on_head(student, "lora")
+    adapted = with_adapter_on_head(student, "lora")[0].get_base_model()
     with pytest.raises(ValueError, match="adapter on the student's LM head would be ignored"):
         build(adapted, teacher, tokenizer, tmp_path, budget=BUDGET)
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
