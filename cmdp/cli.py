@@ -92,7 +92,10 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         arguments.function(arguments)
-    except (FileNotFoundError, ConnectionError, ValueError) as error:
+    except KeyboardInterrupt as stopped:
+        print(f"cmdp {arguments.function.__name__}: {stopped or 'stopped'}", file=sys.stderr)
+        sys.exit(130)
+    except (OSError, ValueError) as error:
         if os.environ.get("CMDP_TRACEBACK"):
             raise
         sys.exit(f"cmdp {arguments.function.__name__}: {error} (CMDP_TRACEBACK=1 shows where)")

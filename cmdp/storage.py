@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
+import filelock
 import pandas as pd
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-CHECKPOINTS = Path("checkpoints")
+CHECKPOINTS, MANIFEST = Path("checkpoints"), "manifest.json"
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy", "pandas")
 
 
@@ -51,7 +52,7 @@ def whole(folder: Path) -> Iterator[Path]:
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
-        shutil.rmtree(folder, ignore_errors=True)
+        drop(folder)
         unfinished.replace(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -77,11 +78,29 @@ def write_json(content: dict, path: Path) -> None:
 
 def fingerprint(settings: dict, inputs: list[Path]) -> str:
     """A digest of settings, input files and the package's code: what a checkpoint or a result was made from."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for path in [*sorted(Path(__file__).parent.rglob("*.py")), *sorted(inputs)]:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    code = sorted(Path(__file__).parent.rglob("*.py"))
+    made_from = [json.dumps(settings, sort_keys=True, default=str), *map(_sha256, [*code, *sorted(inputs)])]
+    return hashlib.sha256("".join(made_from).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def locked(name: str) -> Iterator[None]:
+    """Hold the lock of a run. Raises `ValueError` if another process does, naming it."""
+    path = CHECKPOINTS / f"{name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    holder = path.with_suffix(".holder")
+    try:
+        with filelock.FileLock(path, timeout=0):
+            write_text(f"process {os.getpid()} on {platform.node()}", holder)
+            yield
+    except filelock.Timeout:
+        who = holder.read_text() if holder.is_file() else "another process"
+        raise ValueError(f"{name} is being trained by {who}: wait for it, or end it.") from None
 
 
 def checkpoint_folder(name: str, made_by: str) -> tuple[Path, bool]:
@@ -95,20 +114,35 @@ def checkpoint_folder(name: str, made_by: str) -> tuple[Path, bool]:
     if not mark.is_file() or mark.read_text() != made_by:
         if mark.is_file():
             print(f"{folder} was made by other settings, inputs or code: starting over.")
-        shutil.rmtree(folder, ignore_errors=True)
+        drop(folder)
         write_text(made_by, mark)
     return folder, any([complete(path) for path in folder.glob("checkpoint-*")])
 
 
+def certify(checkpoint: Path) -> None:
+    """Write the manifest of a checkpoint, last: the sha256 of each of its files."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    write_json({str(path.relative_to(checkpoint)): _sha256(path) for path in files}, checkpoint / MANIFEST)
+
+
 def complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end; one that was cut off is deleted, so that no run resumes from it. The
-    trainer writes `trainer_state.json` last."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        shutil.rmtree(checkpoint)
-        return False
-    return True
+    """Whether a checkpoint is as it was certified. One that was cut off, or damaged since, is deleted with a line."""
+    with contextlib.suppress(OSError, ValueError):
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        if all(_sha256(checkpoint / name) == digest for name, digest in manifest.items()):
+            return True
+    print(f"{checkpoint} is not as it was written: it is dropped.")
+    drop(checkpoint)
+    return False
+
+
+def drop(folder: Path) -> None:
+    """Delete a folder, renamed first: a kill on the way leaves nothing that passes for whole."""
+    gone = folder.with_name(f".{folder.name}.dropped")
+    shutil.rmtree(gone, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def provenance() -> dict:

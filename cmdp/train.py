@@ -10,7 +10,8 @@ import copy
 import dataclasses
 import json
 import os
-import shutil
+import signal
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,8 +159,6 @@ def distil(method: str, student, teacher, tokenizer, problems, is_correct, check
         The log: a dict per step.
     """
     from datasets import Dataset
-    from transformers import TrainerState
-    from transformers.trainer_utils import get_last_checkpoint
     from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 
     from cmdp.trainer import CMDPTrainer
@@ -180,11 +179,47 @@ def distil(method: str, student, teacher, tokenizer, problems, is_correct, check
         trainer = DistillationTrainer(student, teacher, args=config, **data)
     else:
         trainer = CMDPTrainer(student, teacher, task_reward, config, **data)
-    last = get_last_checkpoint(str(checkpoints)) if resume else None
+    return run_trainer(trainer, resume)
+
+
+def run_trainer(trainer, resume: bool) -> list[dict]:
+    """Train, and return the log. Checkpoints are certified as they are written. On SIGTERM or Ctrl-C training stops
+    after the step with a checkpoint and raises `KeyboardInterrupt`; a second signal stops it at once."""
+    from transformers import TrainerCallback, TrainerState
+    from transformers.trainer_utils import get_last_checkpoint
+
+    class Keeper(TrainerCallback):
+        stopped = False
+
+        def stop(self, *_):
+            if self.stopped:
+                raise KeyboardInterrupt("stopped at once: the same command resumes from the last checkpoint")
+            self.stopped = True
+
+        def on_step_end(self, args, state, control, **_):
+            control.should_save |= self.stopped
+            control.should_training_stop |= self.stopped
+
+        def on_save(self, args, state, control, **_):
+            if state.is_world_process_zero:
+                storage.certify(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+
+    last, keeper, before = get_last_checkpoint(trainer.args.output_dir) if resume else None, Keeper(), {}
     if last and (state := TrainerState.load_from_json(f"{last}/trainer_state.json")).global_step >= state.max_steps:
         trainer._load_from_checkpoint(last)  # finished: `train` would take one more step
         return state.log_history
-    trainer.train(resume_from_checkpoint=last)
+    trainer.add_callback(keeper)
+    if trainer.args.save_total_limit == 1:
+        trainer.args.save_total_limit = 2  # the one before serves until the new one is certified
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, keeper.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        trainer.train(resume_from_checkpoint=last)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if keeper.stopped and trainer.state.global_step < trainer.state.max_steps:
+        raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}: the same command resumes there")
     return trainer.state.log_history
 
 
@@ -211,38 +246,39 @@ def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -
         raise ValueError(f"The experiment {experiment.name} has no run {run!r}. It has: {', '.join(experiment.runs)}.")
     method, settings = experiment.runs[run]["method"], experiment.settings(run, seed)
     folder, use_cpu = experiment.folder(run, seed), settings.get("use_cpu", False)
-    specs = experiment.student, experiment.teacher
+    specs, name = (experiment.student, experiment.teacher), f"{experiment.name}/{run}/{seed}"
     problems = experiment.problems("train", shared_tokenizer(*specs))
     made_from = {"method": method, "settings": settings, "problems": problems, "models": [*map(vars, specs)]}
     made_by = storage.fingerprint(made_from, [file for spec in specs for file in spec.files()])
     if (folder / RECORD).is_file() and json.loads((folder / RECORD).read_text())["fingerprint"] == made_by:
         print(f"{folder} is finished.")
         return folder
-    together = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    with PartialState(cpu=use_cpu).main_process_first() if together else contextlib.nullcontext():
-        checkpoints, resume = storage.checkpoint_folder(f"{experiment.name}/{run}/{seed}", made_by)
-    memory = fit(experiment, run) if check_fit else {}
-    set_seed(seed)  # a new adapter's weights are drawn
-    student, teacher, tokenizer = load_pair(*specs, use_cpu)
-    device, dtype, log = student.device, pick_dtype(student.device), []
-    if method != START:
-        settings = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16, **settings}
-        is_correct, plain = load_task(experiment.task["name"]).is_correct, _plain(tokenizer)
-        with steps_to(checkpoints / "steps.txt"):
-            log = distil(method, student, teacher, plain, problems, is_correct, checkpoints, resume, settings)
-    if int(os.environ.get("RANK", "0")) > 0:
-        return folder
-    record = {"run": run, "method": method, "seed": seed, "settings": settings, "task": experiment.task}
-    record |= {"student": specs[0].model, "gguf_file": specs[0].gguf_file, "revision": specs[0].revision}
-    record |= {"teacher": specs[1].model, "parameters": student.num_parameters()}
-    record |= {"memory": memory and memory | {"taken_gib": taken(device) / GIB}, "provenance": storage.provenance()}
-    record |= {"fingerprint": made_by, "measured": None}
-    with storage.whole(folder) as unfinished:
-        student.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        storage.write_table(pd.DataFrame(log or {"step": []}), unfinished / TRAINING)
-        storage.write_json(record, unfinished / RECORD)
-    shutil.rmtree(checkpoints)
+    main, together = int(os.environ.get("RANK", "0")) == 0, int(os.environ.get("WORLD_SIZE", "1")) > 1
+    with storage.locked(name) if main else contextlib.nullcontext():
+        with PartialState(cpu=use_cpu).main_process_first() if together else contextlib.nullcontext():
+            checkpoints, resume = storage.checkpoint_folder(name, made_by)
+        memory = fit(experiment, run) if check_fit else {}
+        set_seed(seed)  # a new adapter's weights are drawn
+        student, teacher, tokenizer = load_pair(*specs, use_cpu)
+        device, dtype, log = student.device, pick_dtype(student.device), []
+        if method != START:
+            settings = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16, **settings}
+            is_correct, plain = load_task(experiment.task["name"]).is_correct, _plain(tokenizer)
+            with steps_to(checkpoints / "steps.txt"):
+                log = distil(method, student, teacher, plain, problems, is_correct, checkpoints, resume, settings)
+        if not main:
+            return folder
+        record = {"run": run, "method": method, "seed": seed, "settings": settings, "task": experiment.task}
+        record |= {"student": specs[0].model, "gguf_file": specs[0].gguf_file, "revision": specs[0].revision}
+        record |= {"teacher": specs[1].model, "parameters": student.num_parameters()}
+        record |= {"memory": memory and memory | {"taken_gib": taken(device) / GIB}, "provenance": storage.provenance()}
+        record |= {"fingerprint": made_by, "measured": None}
+        with storage.whole(folder) as unfinished:
+            student.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            storage.write_table(pd.DataFrame(log or {"step": []}), unfinished / TRAINING)
+            storage.write_json(record, unfinished / RECORD)
+        storage.drop(checkpoints)
     return folder
 
 

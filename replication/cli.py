@@ -39,7 +39,10 @@ def main() -> None:
     try:
         function = getattr(importlib.import_module(f"replication.{module}"), function)
         function(*([arguments.name] if STAGES[arguments.stage][2] else []))
-    except (FileNotFoundError, ValueError) as error:
+    except KeyboardInterrupt as stopped:
+        print(f"replication {arguments.stage}: {stopped or 'stopped'}", file=sys.stderr)
+        sys.exit(130)
+    except (OSError, ValueError) as error:
         if os.environ.get("CMDP_TRACEBACK"):
             raise
         sys.exit(f"replication {arguments.stage}: {error} (CMDP_TRACEBACK=1 shows where)")

@@ -1,14 +1,24 @@
 """The pipeline's training stages: start models, runs, and trials of tuning."""
 
-import shutil
-
 import pandas as pd
 
 from cmdp import storage
 from cmdp.models import ModelSpec, build_model, build_tokenizer
 from cmdp.statistics import with_budget
 from cmdp.tasks import load_problems, load_task
-from cmdp.train import LOGGED, PHASES, TRAINING, Budget, Evaluation, Experiment, load_trained, measure, steps_to, train
+from cmdp.train import (
+    LOGGED,
+    PHASES,
+    TRAINING,
+    Budget,
+    Evaluation,
+    Experiment,
+    load_trained,
+    measure,
+    run_trainer,
+    steps_to,
+    train,
+)
 from replication.experiments import CHOSEN, COLUMNS, EXPERIMENTS, PARAMS, RESULTS, START, row
 
 
@@ -39,12 +49,12 @@ def pretrain(role: str) -> None:
     args = SFTConfig(output_dir=str(checkpoints), **fixed, **quiet, **settings)
     trainer = SFTTrainer(model, args, train_dataset=Dataset.from_list(encoded), processing_class=tokenizer)
     with steps_to(checkpoints / "steps.txt"):
-        trainer.train(resume_from_checkpoint=resume)
+        log = run_trainer(trainer, resume)
     with storage.whole(START / role) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    shutil.rmtree(checkpoints)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    storage.drop(checkpoints)
+    losses = [entry["loss"] for entry in log if "loss" in entry]
     print(f"{START / role}: {model.num_parameters():,} parameters, last loss {losses[-1]:.4f} nats per token")
 
 

@@ -1,5 +1,8 @@
 """Outputs appear whole or not at all; a checkpoint serves only the run that made it."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,15 +39,20 @@ def test_a_block_that_fails_leaves_the_old_folder():
     assert [path.name for path in Path().iterdir()] == ["out"], "nothing is left behind"
 
 
-def checkpoint(folder: Path, step: int, state: str) -> None:
-    (folder / f"checkpoint-{step}").mkdir()
-    (folder / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+def checkpoint(folder: Path, step: int, certified: bool = True) -> Path:
+    path = folder / f"checkpoint-{step}"
+    (path / "nested").mkdir(parents=True)
+    (path / "nested" / "shard").write_bytes(b"0123")
+    (path / "model.safetensors").write_bytes(b"weights")
+    if certified:
+        storage.certify(path)
+    return path
 
 
 def test_a_run_resumes_from_its_own_checkpoint_only(capsys):
     folder, resume = storage.checkpoint_folder("run", "one")
     assert not resume
-    checkpoint(folder, 1, "{}")
+    checkpoint(folder, 1)
     assert storage.checkpoint_folder("run", "one") == (folder, True)
     assert storage.checkpoint_folder("run", "another") == (folder, False)
     assert "was made by other settings" in capsys.readouterr().out
@@ -64,13 +72,42 @@ def test_a_fingerprint_tells_settings_inputs_and_code_apart(monkeypatch):
     assert len(found) == 4
 
 
-def test_a_checkpoint_cut_off_in_writing_is_dropped_and_the_one_before_serves():
+def test_a_checkpoint_cut_off_in_writing_is_dropped_and_the_one_before_serves(capsys):
     folder, _ = storage.checkpoint_folder("run", "one")
-    checkpoint(folder, 1, "{}")
-    checkpoint(folder, 2, '{"global_st')
+    checkpoint(folder, 1)
+    checkpoint(folder, 2, certified=False)
     (folder / "checkpoint-3").mkdir()
     assert storage.checkpoint_folder("run", "one") == (folder, True)
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert capsys.readouterr().out.count("is not as it was written") == 2
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "nested/shard", "manifest.json"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path, content: path.unlink(),
+        lambda path, content: path.write_bytes(b""),
+        lambda path, content: path.write_bytes(content[: len(content) // 2]),
+        lambda path, content: path.write_bytes(bytes([content[0] ^ 64]) + content[1:]),
+    ],
+    ids=["deleted", "empty", "half", "a bit flipped"],
+)
+def test_a_damaged_checkpoint_is_dropped(name, damage):
+    folder, _ = storage.checkpoint_folder("run", "one")
+    path = checkpoint(folder, 1) / name
+    damage(path, path.read_bytes())
+    assert storage.checkpoint_folder("run", "one") == (folder, False)
+    assert not list(folder.glob("*checkpoint*"))
+
+
+def test_a_second_process_is_told_who_holds_a_run():
+    code = "from cmdp.storage import locked\nwith locked('toy/cmdp/0'): pass"
+    command = [sys.executable, "-c", code]
+    with storage.locked("toy/cmdp/0"):
+        second = subprocess.run(command, capture_output=True, text=True)
+    assert f"toy/cmdp/0 is being trained by process {os.getpid()} on" in second.stderr
+    assert subprocess.run(command).returncode == 0
 
 
 @pytest.mark.parametrize(("text", "value"), [("2e-5", 2e-5), ("-1E+3", -1e3), ("1.5", 1.5), ("e5", "e5"), ("2e", "2e")])

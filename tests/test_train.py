@@ -1,7 +1,9 @@
 """Experiments from a parameter file: what it may say, and a whole one on small models from the command line."""
 
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -138,6 +140,32 @@ def test_a_run_cut_off_after_its_last_checkpoint_takes_no_further_step(small, mo
             train.train(experiment, "cmdp", 0)
     monkeypatch.setattr(CMDPTrainer, "training_step", lambda *_: pytest.fail("a step beyond the last"))
     assert (train.train(experiment, "cmdp", 0) / "adapter_model.safetensors").read_bytes() == whole
+
+
+def test_a_signal_stops_training_after_the_step_with_a_checkpoint(small, monkeypatch, capsys):
+    """The rerun goes on from there, and ends with the weights of a run that was not stopped."""
+    from cmdp.trainer import CMDPTrainer
+
+    whole = (train.train(train.read(small), "cmdp", 0) / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree("models")
+    step = CMDPTrainer.training_step
+
+    def signalled(trainer, *arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer, *arguments, **options)
+
+    one = ("train", "--config", str(small), "train.save_steps=100", "--run", "cmdp", "--seed", "0")
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patched:
+        patched.setattr(CMDPTrainer, "training_step", signalled)
+        with pytest.raises(SystemExit) as raised:
+            command(monkeypatch, *one)
+    assert raised.value.code == 130
+    assert "stopped at step 1: the same command resumes there" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [path.name for path in Path("checkpoints/small/cmdp/0").glob("checkpoint-*")] == ["checkpoint-1"]
+    command(monkeypatch, *one)
+    assert Path("models/small/cmdp/0/adapter_model.safetensors").read_bytes() == whole
 
 
 def test_training_all_weights_saves_a_model_that_evaluation_loads(small, monkeypatch):
