@@ -41,9 +41,10 @@ def evaluate(
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             prompts, answers = ([problems[index][key] for index in indices] for key in ("prompt", "answer"))
-            ids, attention, completion_ids, mask, ended = generate(
+            ids, attention, completion_ids, mask = generate(
                 student, tokenizer, prompts, decoding == "sampled", max_completion_length
             )
+            ended = (_is_end(student, tokenizer, completion_ids) * mask).any(dim=1)
             cost, entropy, log_probs = score(student, teacher, len(tokenizer), ids, attention, mask)
             texts = tokenizer.batch_decode(completion_ids.masked_fill(mask == 0, tokenizer.pad_token_id), True)
             length = mask.sum(dim=1)
@@ -78,12 +79,10 @@ def generate(student, tokenizer, prompts: list[str], sample: bool, max_completio
     end token of the model's generation config, whose other settings (top_p, penalties) are not used.
 
     Returns:
-        ids (B, P + T); attention over them; the completion's ids (B, T); its mask (B, T), which ends with the end
-        token; and whether each completion ended (B,) rather than being cut at the length limit.
+        ids (B, P + T); attention over them; the completion's ids (B, T) and its mask (B, T), which ends with the first
+        end token.
     """
-    own = student.generation_config
-    named = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    ends = sorted({tokenizer.eos_token_id, *named} - {None})
+    own, ends = student.generation_config, _ends(student, tokenizer)
     encoded = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(student.device)
     sampling = {"do_sample": sample, "temperature": 1.0 if sample else None, "top_k": 0 if sample else None}
     tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
@@ -94,9 +93,18 @@ def generate(student, tokenizer, prompts: list[str], sample: bool, max_completio
     finally:
         student.generation_config = own
     completion_ids = ids[:, encoded.input_ids.shape[1] :]
-    is_end = torch.isin(completion_ids, torch.tensor(ends, device=ids.device))
+    is_end = _is_end(student, tokenizer, completion_ids)
     mask = (is_end.cumsum(dim=1) - is_end.long() == 0).long()
-    return ids, torch.cat([encoded.attention_mask, mask], dim=1), completion_ids, mask, (is_end * mask).any(dim=1)
+    return ids, torch.cat([encoded.attention_mask, mask], dim=1), completion_ids, mask
+
+
+def _ends(student, tokenizer) -> list[int]:
+    named = student.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None})
+
+
+def _is_end(student, tokenizer, ids: Tensor) -> Tensor:
+    return torch.isin(ids, torch.tensor(_ends(student, tokenizer), device=ids.device))
 
 
 def score(student, teacher, vocab_size: int, ids: Tensor, attention: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
@@ -129,7 +137,7 @@ def ledger(
         settings: `budget`, `budget_form` and `lam`.
     """
     torch.manual_seed(seed)
-    ids, attention, completion_ids, mask, _ = generate(
+    ids, attention, completion_ids, mask = generate(
         student, tokenizer, [problem["prompt"]], True, max_completion_length
     )
     cost, _, _ = score(student, teacher, len(tokenizer), ids, attention, mask)
