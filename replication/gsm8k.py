@@ -5,7 +5,9 @@ import re
 from pathlib import Path
 
 from cmdp import tasks
+from cmdp.storage import write_json
 from cmdp.tasks import answers, gsm, steps
+from replication.experiments import RESULTS
 
 _NUMBER = re.compile(r"[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+")
 
@@ -56,3 +58,8 @@ def _is_caught(equation: str, rng: random.Random) -> bool:
     digit = rng.choice([digit for digit in "123456789" if digit != equation[place]])
     found = steps.equations(equation[:place] + digit + equation[place + 1 :])
     return bool(found) and not all(equation.holds for equation in found)
+
+
+def write(folder: str) -> None:
+    """Check the solutions in a folder of GSM8K's train.jsonl and test.jsonl: results/gsm8k/check.json."""
+    write_json(check_gsm8k(folder), RESULTS / "gsm8k" / "check.json")

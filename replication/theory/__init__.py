@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from cmdp.storage import write_json, write_table
+from cmdp.storage import read_yaml, whole, write_json, write_table
+from replication.experiments import RESULTS
 
 LEARNERS = {  # form of the modified reward and name of the tuned parameter; None: without
     "grpo": (None, None),
@@ -83,3 +84,12 @@ def summarise(tables: dict[str, pd.DataFrame]) -> dict:
             "resolved": thresholds["resolved"].mean(),
         },
     }
+
+
+def write() -> None:
+    """Run the study with the settings of params.yaml beside this file, on one thread: results/theory."""
+    import torch
+
+    torch.set_num_threads(1)
+    with whole(RESULTS / "theory") as folder:
+        run(read_yaml(Path(__file__).with_name("params.yaml")), folder)
