@@ -1,12 +1,12 @@
 """Divergence of the student from the teacher at each token, in nats (method, section 1).
 
-Three ways to the same quantity: from logits (small vocabularies, theory, tests); from hidden states and LM heads, in
-tiles, so that neither model's (tokens x vocabulary) logits exist at once; and estimated from the log-probabilities of
-the sampled tokens. On an accelerator the tiles are TRL's Triton kernels; on a CPU they are our own, which fit the cache
-and need one projection through the student's head for log-probabilities, entropy and divergence together.
+Three ways to one quantity: from logits (theory, tests); from hidden states and LM heads, in tiles, so that no model's
+(tokens x vocabulary) logits exist at once; and estimated from the log-probabilities of the sampled tokens. On an
+accelerator the tiles are TRL's kernels; on a CPU they are our own, which fit the cache.
 """
 
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -35,15 +35,10 @@ class Head(NamedTuple):
 
 
 def lm_head(model: nn.Module, vocab_size: int | None = None) -> Head:
-    """The LM head of a transformers causal language model, unwrapped (not DDP's or FSDP's wrapper). A LoRA adapter on
-    the head is added to its weight, differentiably.
+    """The LM head of a transformers causal language model (not DDP's or FSDP's wrapper), plain LoRA on it included.
 
-    Args:
-        vocab_size: keep the first so many rows. Heads are often padded past the tokenizer's ids, and differently in
-            student and teacher; a softmax over the kept rows is the distribution renormalised to them.
-
-    Raises:
-        ValueError: the head carries an adapter other than plain LoRA.
+    `vocab_size` keeps the first so many rows: heads are often padded past the tokenizer's ids, and differently in
+    student and teacher. Raises `ValueError` if the head has another kind of adapter.
     """
     head = model.get_output_embeddings()
     weight, bias = head.weight, head.bias  # PEFT gives a layer with an adapter the weight of its base
@@ -56,13 +51,12 @@ def lm_head(model: nn.Module, vocab_size: int | None = None) -> Head:
     if hasattr(weight, "full_tensor"):  # FSDP2 shards the head; one gather, differentiable, serves all tiles
         weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
     config = model.config.get_text_config()
-    # the names under which model families scale their logits; absent or None means unscaled
-    names = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+    names = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # of different model families
     scale = next((value for name in names if (value := getattr(config, name, None)) is not None), 1.0)
     if (divisor := getattr(config, "logits_scaling", None)) is not None:
         scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(weight[:vocab_size], None if bias is None else bias[:vocab_size], scale, softcap)
+    bias = None if bias is None else bias[:vocab_size]
+    return Head(weight[:vocab_size], bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
 def divergence_from_logits(
@@ -70,36 +64,21 @@ def divergence_from_logits(
 ) -> Tensor:
     """D(student || teacher) over the last dimension: (..., V), (..., V) -> (...).
 
-    Args:
-        kind: `reverse_kl` is KL(student || teacher), `forward_kl` is KL(teacher || student), `jsd` the generalised
-            Jensen-Shannon divergence beta KL(teacher || m) + (1 - beta) KL(student || m) with
-            m = (1 - beta) student + beta teacher (GKD, arXiv 2306.13649).
-        jsd_beta: beta, strictly between 0 and 1.
+    `reverse_kl` is KL(student || teacher), `forward_kl` is KL(teacher || student), and `jsd` is, with 0 < beta < 1 and
+    m = (1 - beta) student + beta teacher, beta KL(teacher || m) + (1 - beta) KL(student || m) (GKD, arXiv 2306.13649).
     """
     _check_exact(kind, jsd_beta)
     return _divergence(student_logits.log_softmax(-1), teacher_logits.log_softmax(-1), kind, jsd_beta)
 
 
 def divergence_from_hidden(
-    student_hidden: Tensor,
-    student_head: Head,
-    teacher_hidden: Tensor,
-    teacher_head: Head,
-    mask: Tensor,
-    kind: str = "reverse_kl",
-    jsd_beta: float = 0.5,
-    temperature: float = 1.0,
+    student_hidden, student_head, teacher_hidden, teacher_head, mask, kind="reverse_kl", jsd_beta=0.5, temperature=1.0
 ) -> Tensor:
-    """D(student || teacher) at each token where `mask` is 1, and 0 elsewhere: (B, T) in float32, differentiable in the
-    student alone.
+    """D(student || teacher) at each token where `mask` (B, T) is 1, and 0 elsewhere: (B, T) in float32, differentiable
+    in the student alone.
 
-    Args:
-        student_hidden: (B, T, H_s), the last hidden states that predict each token; the teacher's are (B, T, H_t).
-        mask: (B, T).
-        temperature: divides both models' logits.
-
-    Raises:
-        ValueError: the heads have different numbers of rows.
+    The last hidden states that predict each token are (B, T, H), each model with its own H and `Head`; `temperature`
+    divides both models' logits. Raises `ValueError` if the heads have different numbers of rows.
     """
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
@@ -110,13 +89,13 @@ def divergence_from_hidden(
     on = mask != 0
     student_hidden, teacher_hidden = student_hidden[on], teacher_hidden[on]  # (N, H_s), (N, H_t)
     if own_tiles(student_hidden):
-        settings = kind, jsd_beta, temperature
-        values, _, _ = _in_tiles(student_hidden, student_head, None, teacher_hidden, teacher_head, *settings)
+        inputs = student_hidden, student_head, None, teacher_hidden, teacher_head
+        values, _, _ = _in_tiles(*inputs, kind, jsd_beta, temperature)
     else:
-        if student_head.bias is not None and teacher_head.bias is not None:  # the kernel has no number for 0 log 0
+        heads = student_head, teacher_head
+        if all(head.bias is not None for head in heads):  # the kernel has no number for 0 log 0
             banned = (student_head.bias == -torch.inf) & (teacher_head.bias == -torch.inf)
-            heads = [head._replace(bias=head.bias.masked_fill(banned, -1e4)) for head in (student_head, teacher_head)]
-            student_head, teacher_head = heads
+            student_head, teacher_head = (head._replace(bias=head.bias.masked_fill(banned, -1e4)) for head in heads)
         beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": jsd_beta}[kind]
         inputs = student_hidden, *student_head[:2], teacher_hidden, *teacher_head[:2]
         values, _ = ChunkedDivergenceFunction.apply(*inputs, beta, temperature, *student_head[2:], *teacher_head[2:])
@@ -130,26 +109,13 @@ def own_tiles(hidden: Tensor) -> bool:
 
 
 def score_on_cpu(
-    student_hidden: Tensor,
-    student_head: Head,
-    tokens: Tensor,
-    mask: Tensor,
-    teacher_hidden: Tensor,
-    teacher_head: Head,
-    where: Tensor,
-    kind: str = "reverse_kl",
-    jsd_beta: float = 0.5,
-    temperature: float = 1.0,
+    student_hidden, student_head, tokens, mask, teacher_hidden, teacher_head, where, kind, jsd_beta, temperature
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The student's divergence from the teacher at each token where `where` is 1, and its log-probability of the token
-    and entropy where `mask` is, (B, T) each in float32; 0 elsewhere. One projection through its head serves all three.
+    """The divergence at each token where `where` is 1, and the student's log-probability of the token and its entropy
+    where `mask` is: (B, T) each in float32; 0 elsewhere. One projection through the student's head serves all three.
 
-    Args:
-        student_hidden, teacher_hidden, temperature: as in `divergence_from_hidden`.
-        student_head: with all of its rows: the softmax that the tokens were drawn from.
-        tokens: (B, T), ids.
-        teacher_head: with the rows that the divergence runs over, the student's first so many.
-        where: (B, T), 1 at a subset of `mask`.
+    As `divergence_from_hidden`, with the ids of the tokens (B, T), and `where` (B, T) a subset of `mask`. The student's
+    head has all of its rows; the divergence runs over its first so many as the teacher's has.
     """
     _check_exact(kind, jsd_beta)
     parts = []
@@ -164,36 +130,32 @@ def _in_tiles(student_hidden, student_head, tokens, teacher_hidden, teacher_head
     """Divergence, log-probabilities and entropy of N tokens, one tile of them at a time: three of (N,)."""
 
     def tile(student_hidden, teacher_hidden, tokens):
-        teacher_logits = None
-        if teacher_hidden is not None:
-            with torch.no_grad():
-                teacher_logits = teacher_head.logits(teacher_hidden) / temperature
+        teacher_logits = None if teacher_hidden is None else teacher_head.logits(teacher_hidden) / temperature
         student_logits = student_head.logits(student_hidden) / temperature
         return _LogitScores.apply(student_logits, teacher_logits, tokens, kind, jsd_beta)
 
     rows = max(1, TILE // len(student_head.weight))
-    columns = [[x] if x is None else x.split(rows) for x in (student_hidden, teacher_hidden, tokens)]
-    tiles = len(columns[0])
-    columns = [column if len(column) == tiles else [None] * tiles for column in columns]
-    if tiles > 1 and torch.is_grad_enabled():  # many tiles are computed again in the backward, in place of kept
+    inputs = student_hidden, teacher_hidden, tokens
+    columns = [itertools.repeat(None) if x is None else x.split(rows) for x in inputs]
+    if len(student_hidden) > rows and torch.is_grad_enabled():  # many tiles are computed again in the backward
         tile = functools.partial(checkpoint, tile, use_reentrant=False, preserve_rng_state=False)
     return [torch.cat(column) for column in zip(*map(tile, *columns), strict=True)]
 
 
 class _LogitScores(torch.autograd.Function):
-    """Divergence, log-probability of `tokens` and entropy from logits, with the gradient in the student's written out:
-    it takes half the time of autograd's. (N, V), (N, K <= V) -> three of (N,)."""
+    """Divergence, log-probabilities and entropy from logits: (N, V), (N, K <= V) -> three of (N,). The gradient in the
+    student's is written out, in half the time of autograd's."""
 
     @staticmethod
     def forward(ctx, student_logits, teacher_logits, tokens, kind, jsd_beta):
         policy = student_logits.log_softmax(-1)
         entropy = -(policy.exp() * _finite(policy)).sum(-1)
         log_probs = torch.zeros_like(entropy) if tokens is None else policy.gather(-1, tokens[:, None])[:, 0]
-        divergence, p, q = torch.zeros_like(entropy), None, None
+        divergence, p, q = torch.zeros_like(entropy), policy, None
         if teacher_logits is not None:
-            columns = teacher_logits.shape[-1]
             q = teacher_logits.log_softmax(-1)
-            p = policy if columns == policy.shape[-1] else student_logits[:, :columns].log_softmax(-1)
+            if q.shape != p.shape:
+                p = student_logits[:, : q.shape[-1]].log_softmax(-1)
             divergence = _divergence(p, q, kind, jsd_beta)
         ctx.save_for_backward(policy, entropy, tokens, p, q)
         ctx.kind, ctx.jsd_beta = kind, jsd_beta
@@ -204,7 +166,7 @@ class _LogitScores(torch.autograd.Function):
     def backward(ctx, by_divergence, by_log_prob, by_entropy):
         policy, entropy, tokens, p, q = ctx.saved_tensors
         gradient = torch.zeros_like(policy)
-        if by_log_prob is not None and tokens is not None:
+        if by_log_prob is not None:
             gradient -= policy.exp() * by_log_prob[:, None]
             gradient.scatter_add_(-1, tokens[:, None], by_log_prob[:, None])
         if by_entropy is not None:
@@ -212,10 +174,11 @@ class _LogitScores(torch.autograd.Function):
         if by_divergence is not None and q is not None:
             if ctx.kind == "forward_kl":
                 of_divergence = p.exp() - q.exp()
-            else:
-                gap = _log_ratio(p, q if ctx.kind == "reverse_kl" else _mixture(p, q, ctx.jsd_beta))
+            else:  # that of KL(p || q), or of (1 - beta) KL(p || m)
+                reverse = ctx.kind == "reverse_kl"
+                gap = _log_ratio(p, q if reverse else _mixture(p, q, ctx.jsd_beta))
                 of_divergence = p.exp() * (gap - (p.exp() * gap).sum(-1, keepdim=True))
-                of_divergence *= 1.0 if ctx.kind == "reverse_kl" else 1 - ctx.jsd_beta
+                of_divergence *= 1.0 if reverse else 1 - ctx.jsd_beta
             gradient[:, : q.shape[-1]] += of_divergence * by_divergence[:, None]
         return gradient, None, None, None, None
 
@@ -223,10 +186,9 @@ class _LogitScores(torch.autograd.Function):
 def sampled_divergence(student_logps: Tensor, teacher_logps: Tensor, kind: str = "k3") -> Tensor:
     """Estimate of KL(student || teacher) from the sampled tokens' log-probabilities, elementwise.
 
-    With u = pi_T / pi_theta at the sampled token: k1 = -log u (unbiased, may be negative), k2 = (log u)^2 / 2,
-    k3 = (u - 1) - log u (unbiased and >= 0). See J. Schulman, "Approximating KL divergence" (2020). The expected
-    gradient by the student's log-probability is 0 for k1, that of the reverse KL for k2 and of the forward KL for k3:
-    k2 is the one to charge by its own gradient (`long_term` off), and under ZeRO-3, where none is exact.
+    With u = pi_T / pi_theta: k1 = -log u (unbiased, may be negative), k2 = (log u)^2 / 2, k3 = (u - 1) - log u
+    (unbiased, >= 0); J. Schulman, "Approximating KL divergence" (2020). The expected gradient is 0 for k1, that of the
+    reverse KL for k2 and of the forward KL for k3: charge k2 by its own gradient (`long_term` off).
     """
     if kind not in SAMPLED:
         raise ValueError(f"A sampled estimator is one of {SAMPLED}, not {kind!r}.")

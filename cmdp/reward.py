@@ -1,7 +1,7 @@
 """Cost and budget of a trajectory, the modified reward and the advantages (method, sections 1, 3 and 6).
 
-The modified reward's value enters the policy gradient as any reward would. A divergence that it charges also depends on
-the student directly: `weight` is the factor of that gradient (the single-step part of section 4 (c)).
+The modified reward enters the policy gradient as any reward does. A divergence that it charges also depends on the
+student directly: `weight` is the factor of that gradient (the single-step part of section 4 (c)).
 """
 
 from typing import NamedTuple
@@ -29,18 +29,15 @@ def discount_factors(mask: Tensor, discount: float = 1.0) -> Tensor:
 
 
 def cumulative_cost(cost: Tensor, mask: Tensor, discount: float = 1.0) -> Tensor:
-    """C_t = sum_{k<=t} gamma^(k-1) c(s_k), in nats: (B, T), (B, T) -> (B, T), constant after the last token. `mask` is
-    1 on the student's own tokens; what `cost` holds elsewhere is ignored."""
+    """C_t = sum_{k<=t} gamma^(k-1) c(s_k), in nats: (B, T), (B, T) -> (B, T). `mask` is 1 on the student's
+    own tokens; what `cost` holds elsewhere is ignored."""
     cost = cost.masked_fill(mask == 0, 0.0)
     return (cost * discount_factors(mask.to(cost.dtype), discount)).cumsum(dim=1)
 
 
 def trajectory_budget(limit: float, mask: Tensor, form: str = "total") -> Tensor:
-    """The budget d of each trajectory, in nats: (B,).
-
-    `total` grants `limit` nats per trajectory; `per_token` grants them for each of its L tokens, so that it is checked
-    only at the end. Raises `ValueError` as `check_budget` does.
-    """
+    """The budget d of each trajectory, in nats, (B,): `limit`, or where the form is `per_token` that for each of its
+    tokens. Raises `ValueError` as `check_budget` does."""
     check_budget(limit, form)
     if form == "total":
         return torch.full((mask.shape[0],), float(limit), device=mask.device)
@@ -75,16 +72,7 @@ class ModifiedReward(NamedTuple):
 
 
 def modified_reward(
-    task_reward: Tensor,
-    cost: Tensor,
-    mask: Tensor,
-    budget: Tensor,
-    *,
-    lam: float,
-    penalty: float = 0.0,
-    form: str = "exhausted",
-    phi: Tensor | None = None,
-    discount: float = 1.0,
+    task_reward, cost, mask, budget, *, lam, penalty=0.0, form="exhausted", phi=None, discount=1.0
 ) -> ModifiedReward:
     """The reward that the student maximises (section 3), with over_t = 1{C_t > d}:
 
@@ -97,13 +85,9 @@ def modified_reward(
     r_t is R at the last token (the first column of an empty completion) and 0 elsewhere.
 
     Args:
-        task_reward: R in [0, 1], (B,).
-        cost: c(s_t) >= 0 in nats, (B, T).
-        mask: 1 on the student's own tokens, (B, T).
-        budget: d in nats, (B,), from `trajectory_budget`.
-        lam: lambda >= 0, reward per nat.
-        penalty: n >= 0, in units of reward.
-        form: one of `FORMS`.
+        task_reward, budget: R in [0, 1], and d in nats from `trajectory_budget`, (B,).
+        cost, mask: c(s_t) in nats, and 1 on the student's own tokens, (B, T).
+        lam, penalty: lambda in reward per nat, and n in reward, both 0 or more.
         phi: Phi(s_t), (B, T), of the form `exhausted`; the cost by default.
         discount: gamma of the cumulative cost.
 
@@ -121,22 +105,17 @@ def modified_reward(
     cost = cost.masked_fill(~on, 0.0)
     total = cumulative_cost(cost, mask, discount)
     over = total > budget[:, None].to(cost.dtype)
-    violated = over[:, -1]
-    # the last of the student's tokens; the first column of an empty completion
-    last = (on * torch.arange(1, on.shape[1] + 1, device=on.device)).argmax(dim=1)
-    task = torch.zeros_like(cost).scatter(1, last[:, None], task_reward[:, None].to(cost.dtype))
+    violated = over[:, -1:]
+    last = (on * torch.arange(1, on.shape[1] + 1, device=on.device)).argmax(dim=1, keepdim=True)
+    task = torch.zeros_like(cost).scatter(1, last, task_reward[:, None].to(cost.dtype))
     weight = lam * discount_factors(mask.to(cost.dtype), discount)
-
     if form == "lagrangian":
         return ModifiedReward(task - weight * cost, task, weight, over)
-
     if form in ("overshoot", "hinge"):
-        excess = torch.where(violated, total[:, -1] - budget.to(cost.dtype), 0.0)
-        task = task if form == "hinge" else task.masked_fill(violated[:, None], 0.0)
-        task = task.scatter_add(1, last[:, None], -penalty * violated[:, None].to(cost.dtype))
-        reward = task.scatter_add(1, last[:, None], -lam * excess[:, None])
-        return ModifiedReward(reward, task, weight * violated[:, None], over)
-
+        excess = torch.where(violated, total[:, -1:] - budget[:, None].to(cost.dtype), 0.0)
+        task = task if form == "hinge" else task.masked_fill(violated, 0.0)
+        task = task.scatter_add(1, last, -penalty * violated.to(cost.dtype))
+        return ModifiedReward(task.scatter_add(1, last, -lam * excess), task, weight * violated, over)
     charged = over & on
     first = charged & (charged.cumsum(dim=1) == 1)
     phi = cost if phi is None else phi.masked_fill(~on, 0.0)
@@ -144,35 +123,26 @@ def modified_reward(
     return ModifiedReward(task - lam * phi * charged, task, lam * charged.to(cost.dtype), over)
 
 
-def group_advantages(returns: Tensor, group_size: int, scale: bool = False, floor: float = 1e-4) -> Tensor:
-    """A = sum_t r~_t minus the mean of its group (section 6; GRPO, arXiv 2402.03300): (N,).
+def group_advantages(returns: Tensor, group_size: int, scale: bool = False) -> Tensor:
+    """A = sum_t r~_t minus the mean of its group (section 6; GRPO, arXiv 2402.03300): (N,) in consecutive groups.
 
-    NaN marks a completion without a reward: it is left out of its group's mean and gets advantage 0.
-
-    Groups are consecutive. `scale` divides by the group's standard deviation (G - 1 in the denominator) plus `floor`.
+    NaN marks a completion without a reward: it is left out of its group's mean and gets advantage 0. `scale` divides by
+    the group's standard deviation (G - 1 in the denominator) plus 1e-4.
     """
     groups = returns.view(-1, group_size)
     centred = groups - groups.nanmean(dim=1, keepdim=True)
     if scale:
         count = (~centred.isnan()).sum(dim=1, keepdim=True)
         variance = centred.square().nansum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
-        centred = centred / (variance.sqrt() + floor)
+        centred = centred / (variance.sqrt() + 1e-4)
     return centred.nan_to_num(nan=0.0).view(-1)
 
 
-def token_advantages(
-    reward: Tensor,
-    cost: Tensor,
-    mask: Tensor,
-    budget: Tensor,
-    group_size: int,
-    credit: str = "return_to_go",
-    discount: float = 1.0,
-) -> Tensor:
+def token_advantages(reward, cost, mask, budget, group_size, credit="return_to_go", discount=1.0) -> Tensor:
     """Advantages per token: the return from t on minus a baseline that knows the state, (N, T).
 
     The baseline is a least-squares fit, over all tokens, of that return on the position, the cost so far, its excess
-    over the budget, and the mean return of the group (section 6 says why the position alone collapses).
+    over the budget, and the mean return of the group.
 
     Args:
         reward: what each token earns, (N, T), in whole, consecutive groups; NaN as in `group_advantages`.

@@ -1,10 +1,9 @@
 """`CMDPTrainer`: constrained distillation as a TRL GRPO trainer with a teacher (method, section 6).
 
 A training step samples a group of completions per prompt and scores them once, without gradient, with student and
-teacher: the cost of every token. Cost and task reward give the modified reward and its group advantage. The loss is
-TRL's clipped GRPO loss on those advantages (the policy part) plus sum_t weight_t D(student || teacher)(s_t),
-differentiated through the student's distribution (the single-step part); it reuses the teacher's hidden states from the
-scoring pass. Rollouts, PEFT, quantisation, distribution, checkpoints and loggers are the library's.
+teacher. The loss is TRL's clipped GRPO loss on the advantages of the modified reward (the policy part) plus
+sum_t weight_t D(student || teacher)(s_t), differentiated through the student's distribution (the single-step part); it
+reuses the teacher's hidden states. Rollouts, PEFT, quantisation, distribution, checkpoints and loggers are TRL's.
 """
 
 import functools
@@ -16,8 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
@@ -79,20 +77,18 @@ class CMDPConfig(GRPOConfig):
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, not {getattr(self, name)!r}.")
-        for name, holds, allowed in (
-            ("discount", 0 < self.discount <= 1, "above 0 and at most 1"),
-            ("lam", 0 <= self.lam < math.inf, "finite and 0 or more"),
-            ("penalty", 0 <= self.penalty < math.inf, "finite and 0 or more"),
-            ("task_weight", 0 <= self.task_weight < math.inf, "finite and 0 or more"),
-            ("margin", 0 <= self.margin < 1, "a share of the budget, 0 or more and below 1"),
-            ("step_budget", self.step_budget != math.inf, "finite, or None"),
-            ("distil_steps", self.distil_steps >= 0, "0 or more"),
-            ("csr_target", self.csr_target is None or 0 <= self.csr_target <= 1, "between 0 and 1"),
-            ("dual_rate", 0 <= self.dual_rate < math.inf, "finite and 0 or more"),
-            ("jsd_beta", 0 < self.jsd_beta < 1, "above 0 and below 1"),
+        for names, holds, allowed in (
+            (("discount",), lambda x: 0 < x <= 1, "above 0 and at most 1"),
+            (("lam", "penalty", "task_weight", "dual_rate"), lambda x: 0 <= x < math.inf, "finite and 0 or more"),
+            (("margin",), lambda x: 0 <= x < 1, "a share of the budget, 0 or more and below 1"),
+            (("step_budget",), lambda x: x != math.inf, "finite, or None"),
+            (("distil_steps",), lambda x: x >= 0, "0 or more"),
+            (("csr_target",), lambda x: x is None or 0 <= x <= 1, "between 0 and 1"),
+            (("jsd_beta",), lambda x: 0 < x < 1, "above 0 and below 1"),
         ):
-            if not holds:
-                raise ValueError(f"{name} must be {allowed}, not {getattr(self, name)!r}.")
+            for name in names:
+                if not holds(getattr(self, name)):
+                    raise ValueError(f"{name} must be {allowed}, not {getattr(self, name)!r}.")
         if self.budget_from is not None and math.inf in (self.budget, self.budget_from):
             raise ValueError("budget_from moves to the budget: give both finite, or neither.")
         if self.penalty > 0 and self.reward_form == "lagrangian":
@@ -106,33 +102,9 @@ class CMDPConfig(GRPOConfig):
             raise ValueError("Credit per token needs scale_rewards='none' and importance_sampling_level='token'.")
 
 
-class DualAscent(TrainerCallback, ExportableState):
-    """lambda of dual ascent: checkpoints save it, and a resumed run goes on with it."""
-
-    def __init__(self, lam: float):
-        self.lam = lam
-
-    def state(self) -> dict:
-        return {"args": {"lam": self.lam}, "attributes": {}}
-
-    def on_train_begin(self, args, state, control, **_):
-        self.lam = state.stateful_callbacks[type(self).__name__]["args"]["lam"] if state.global_step else args.lam
-
-
-@dataclass
-class ScoredOutput(FusedCausalLMOutput):
-    """TRL's fused output, with the divergence from the teacher at each completion token, (B, T)."""
-
-    divergence: Tensor | None = None
-
-
 class CMDPTrainer(GRPOTrainer):
-    """Distil `teacher` into `model` under the budget of `args`.
-
-    Args:
-        model, reward_funcs, kwargs: the student, the task reward in [0, 1] and all else, as for `GRPOTrainer`.
-        teacher: the frozen teacher, over the same tokenizer.
-        args: a `CMDPConfig`.
+    """Distil `teacher`, a model over the same tokenizer, into `model` under the budget of `args`. The rest is as for
+    `GRPOTrainer`, with a task reward in [0, 1].
 
     Raises:
         ValueError: a head of student or teacher lacks rows for some of the tokenizer's ids or has an adapter that is
@@ -168,8 +140,6 @@ class CMDPTrainer(GRPOTrainer):
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
-        if args.dual_rate:
-            self.add_callback(DualAscent(args.lam))
         # TRL would hide truncated completions from the scoring pass; `_leave_out_truncated` hides them from the loss
         self.mask_truncated_completions = False
 
@@ -177,10 +147,9 @@ class CMDPTrainer(GRPOTrainer):
         if self._sampled:
             add_fused_lm_head(teacher, temperature=self.temperature)
         _allow_inside(student)
-        if self.is_deepspeed_enabled:
-            self.teacher = prepare_deepspeed(teacher, self.accelerator)
-        elif self.is_fsdp_enabled:
-            self.teacher = prepare_fsdp(teacher, self.accelerator)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            prepare = prepare_deepspeed if self.is_deepspeed_enabled else prepare_fsdp
+            self.teacher = prepare(teacher, self.accelerator)
         else:
             self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
         self._teacher_head = None if self._sampled else self._whole_teacher_head()
@@ -189,8 +158,7 @@ class CMDPTrainer(GRPOTrainer):
         self._rollout_time = 0.0
 
     def _whole_teacher_head(self) -> Head:
-        """The teacher's head, gathered once: the student's forward uses it, where the teacher's own hooks, which gather
-        what FSDP has sharded, do not run. It is frozen, so a copy stays true."""
+        """The teacher's head, gathered once: where the student's forward uses it, FSDP does not gather it."""
         with torch.no_grad(), self._dist.summon_full_params(self.teacher, recurse=False, writeback=False):
             head = lm_head(self.accelerator.unwrap_model(self.teacher), self._vocab_size)
             copied = self._dist.fsdp_version == 1  # otherwise whole already, or made so by `lm_head`
@@ -199,23 +167,20 @@ class CMDPTrainer(GRPOTrainer):
     # ---- forward passes ----
 
     def _student_pass(self, model, teacher: Tensor, where: Tensor, **call) -> tuple[FusedCausalLMOutput, Tensor]:
-        """TRL's fused forward `model(**call)`, and the divergence from the teacher at the tokens of `where`, (B, T).
-
-        `teacher` is what `_teacher_pass` gives. Without labels an exact divergence is all that is computed.
-        """
+        """TRL's fused forward `model(**call)`, None without labels, and the divergence from the teacher, of which
+        `teacher` is what `_teacher_pass` gives, at the tokens of `where`, (B, T)."""
         if not self._sampled:
-            call["inside"] = functools.partial(self._exact_divergence, teacher, where)
+            return model(**call, use_cache=False, inside=functools.partial(self._exact_divergence, teacher, where))
         output = model(**call, use_cache=False)
-        if not self._sampled:
-            return output, output.divergence
         logps = output.log_probs[:, -where.shape[1] :]
         return output, divergences.sampled_divergence(logps, teacher, self.args.divergence)
 
     def _exact_divergence(
         self, teacher_hidden, where, model, fused_forward, labels=None, fused_lm_head=False, **inputs
-    ) -> ScoredOutput:
-        """What the student's forward does in `_student_pass`: `fused_forward`, if asked for, and the divergence."""
-        keep, output, teacher = where.shape[1], {}, (teacher_hidden, self._teacher_head)
+    ):
+        """What `_student_pass` gives, computed inside the student's forward."""
+        keep, output = where.shape[1], None
+        teacher = teacher_hidden, self._teacher_head
         settings = where, self.args.divergence, self.args.jsd_beta, self.temperature
         together = fused_lm_head and divergences.own_tiles(teacher_hidden) and "output_router_logits" not in inputs
         if fused_lm_head and not together:
@@ -224,17 +189,17 @@ class CMDPTrainer(GRPOTrainer):
             hidden = captured["hidden"][:, -keep - 1 : -1]
         else:
             hidden = model.base_model(**inputs).last_hidden_state[:, -keep - 1 : -1]
-        if together:
-            tokens, mask = labels[:, -keep:].clamp(min=0), labels[:, -keep:] != -100
-            scores = divergences.score_on_cpu(hidden, lm_head(model), tokens, mask, *teacher, *settings)
-            return ScoredOutput(**dict(zip(("divergence", "log_probs", "entropy"), scores, strict=True)))
-        head = lm_head(model, self._vocab_size)
-        return ScoredOutput(**output, divergence=divergences.divergence_from_hidden(hidden, head, *teacher, *settings))
+        if not together:
+            head = lm_head(model, self._vocab_size)
+            return output, divergences.divergence_from_hidden(hidden, head, *teacher, *settings)
+        tokens, mask = labels[:, -keep:].clamp(min=0), labels[:, -keep:] != -100
+        scores = divergences.score_on_cpu(hidden, lm_head(model), tokens, mask, *teacher, *settings)
+        return FusedCausalLMOutput(log_probs=scores[1], entropy=scores[2]), scores[0]
 
     @torch.no_grad()
     def _teacher_pass(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
-        """What the divergence needs of the teacher at the last `keep` tokens: its hidden states (B, T, H), or where the
-        divergence is sampled its log-probabilities (B, T)."""
+        """The teacher's hidden states at the last `keep` tokens, (B, T, H), or its log-probabilities, (B, T), where the
+        divergence is sampled."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         with self.accelerator.autocast():
             if self._sampled:
@@ -244,28 +209,22 @@ class CMDPTrainer(GRPOTrainer):
                 self.teacher(**inputs, use_cache=False, logits_to_keep=1)
         return captured["hidden"][:, -keep - 1 : -1]
 
-    def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, keep, batch_size=None, log_probs=True, **options
-    ):
+    def _get_per_token_logps_and_entropies(self, model, *args, log_probs=True, **options):
         """TRL's. Given `self.model`, as after generation, it is the scoring pass: `self._scored` is then the divergence
         from the teacher, (N, T), and what `_teacher_pass` gives. The loss gives a function in place of the model."""
-        arguments, parts, result = (input_ids, attention_mask, keep, batch_size), [], None
         if model is not self.model:
-            return super()._get_per_token_logps_and_entropies(model, *arguments, **options)
+            return super()._get_per_token_logps_and_entropies(model, *args, **options)
+        keep, parts = args[2], []
 
         def student(input_ids, attention_mask, **call):
             teacher = self._teacher_pass(input_ids, attention_mask, keep)
+            call = call if log_probs or self._sampled else {}
             call |= {"input_ids": input_ids, "attention_mask": attention_mask}
             output, divergence = self._student_pass(model, teacher, attention_mask[:, -keep:], **call)
             parts.append((divergence, teacher))
-            return output
+            return output or FusedCausalLMOutput(log_probs=divergence)  # which nobody reads
 
-        if log_probs or self._sampled:
-            result = super()._get_per_token_logps_and_entropies(student, *arguments)
-        else:
-            for batch in zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True):
-                with self.accelerator.autocast():
-                    student(*batch)
+        result = super()._get_per_token_logps_and_entropies(student, *args)
         self._scored = tuple(map(torch.cat, zip(*parts, strict=True)))
         return result
 
@@ -305,14 +264,11 @@ class CMDPTrainer(GRPOTrainer):
         total = cumulative_cost(cost, mask, args.discount)[:, -1]
         self._check_finite("The cost of a completion", self.accelerator.gather(total))
         excess = self.accelerator.gather(total - budget)
-        limit, task_weight, long_term, terms = self._objective(csr=float((excess <= 0).float().mean()))
-        if args.dual_rate and self.model.training:
-            self._dual.lam = max(0.0, self._dual.lam + args.dual_rate * float(excess.mean()))
+        limit, task_weight, long_term, terms = self._objective(excess)
 
         aim, charged = trajectory_budget(limit * (1 - args.margin), mask, args.budget_form), cost
         if args.step_budget is not None:  # a token's cost is its excess, of which nothing is allowed
             charged, aim = (cost - args.step_budget).clamp(min=0.0), torch.zeros_like(aim)
-        terms["discount"] = args.discount
         modified = rewards.modified_reward(task_weight * task_reward, charged, mask, aim, **terms)
         earned = modified.reward if long_term else modified.task
         outputs["advantages"] = self._advantages(earned, cost, mask, aim)
@@ -332,19 +288,24 @@ class CMDPTrainer(GRPOTrainer):
         self._rollout_time += rollout_time
         return outputs
 
-    def _objective(self, csr: float) -> tuple[float, float, bool, dict]:
-        """What this step maximises: the budget, task_weight, long_term, and form, lam and penalty of `modified_reward`.
-        `csr` is that of its rollouts."""
+    def _objective(self, excess: Tensor) -> tuple[float, float, bool, dict]:
+        """What this step maximises: the budget, task_weight, long_term, and the settings of `modified_reward`. `excess`
+        is C - d of the rollouts of all processes, by which dual ascent also moves the next step's lambda."""
         args, step, budget = self.args, self.state.global_step, self.args.budget
+        lam, saved = args.lam, self.state.stateful_callbacks  # part of a checkpoint
+        if args.dual_rate:
+            lam = saved.get("lambda", lam)
+            if self.model.training:
+                saved["lambda"] = max(0.0, lam + args.dual_rate * float(excess.mean()))
+        terms = {"form": args.reward_form, "lam": lam, "penalty": args.penalty, "discount": args.discount}
+        soft = {"form": "lagrangian", "penalty": 0.0}
         if step < args.distil_steps:
-            return budget, 0.0, False, {"form": "lagrangian", "lam": 1.0, "penalty": 0.0}
+            return budget, 0.0, False, terms | soft | {"lam": 1.0}
         if args.budget_from is not None:
             left = max(0.0, 1 - 2 * step / max(1, self.state.max_steps))
             budget += left * (args.budget_from - args.budget)
-        lam = self._dual.lam if args.dual_rate else args.lam
-        terms = {"form": args.reward_form, "lam": lam, "penalty": args.penalty}
-        if args.csr_target is not None and csr < args.csr_target:
-            terms |= {"form": "lagrangian", "penalty": 0.0}
+        if args.csr_target is not None and float((excess <= 0).float().mean()) < args.csr_target:
+            terms |= soft
         return budget, args.task_weight, args.long_term, terms
 
     def _advantages(self, earned, cost, mask, budget) -> Tensor:
@@ -430,10 +391,6 @@ class CMDPTrainer(GRPOTrainer):
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
-
-    @property
-    def _dual(self) -> DualAscent:
-        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, DualAscent))
 
     def _own_rows(self, mask: Tensor) -> slice:
         """This process's rows of what is gathered from all."""

@@ -216,7 +216,7 @@ def test_tokens_impossible_in_both_heads_leave_values_and_gradients_finite(path,
     for ours, theirs in ((student, teacher), padded):
         values = [divergence_from_hidden(hidden, ours, teacher_hidden, theirs, mask, kind)]
         if path != "kernel":
-            values += score_on_cpu(hidden, ours, tokens, mask, teacher_hidden, theirs, mask, kind)
+            values += score_on_cpu(hidden, ours, tokens, mask, teacher_hidden, theirs, mask, kind, 0.5, 1.0)
         sums, inputs = [value.square().sum() for value in values], (hidden, student.weight)
         results.append((values, [torch.autograd.grad(x, inputs, retain_graph=True) for x in sums]))
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
