@@ -81,16 +81,14 @@ class Experiment:
         return MODELS / self.name / run / str(seed)
 
     def problems(self, split: str, tokenizer) -> list[dict]:
-        """The problems of a split whose prompts have at most `task.prompt_length` tokens. Prompts begin with the token
-        that starts every text of the tokenizer, if there is one. Raises `ValueError` if none is left."""
+        """The problems of a split whose prompts have at most `task.prompt_length` tokens, the token that starts every
+        text of the tokenizer included. Raises `ValueError` if none is left."""
         problems, longest = load_problems(self.task, tokenizer)[split], self.task.get("prompt_length")
-        start = tokenizer.bos_token or ""
-        if start and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
+        if tokenizer.bos_token and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
+            start = tokenizer.bos_token
             problems = [row | {"prompt": start + row["prompt"].removeprefix(start)} for row in problems]
-        if longest is None:
-            return problems
         lengths = map(len, tokenizer([row["prompt"] for row in problems], add_special_tokens=False).input_ids)
-        kept = [row for row, length in zip(problems, lengths, strict=True) if length <= longest]
+        kept = [row for row, length in zip(problems, lengths, strict=True) if longest is None or length <= longest]
         if len(kept) < len(problems):
             print(f"{len(problems) - len(kept)} of {len(problems)} problems are left out: over {longest} tokens.")
         if not kept:
