@@ -7,6 +7,7 @@ import pandas as pd
 
 RESAMPLES = 2000
 MANY_RESAMPLES = 20_000  # for a level near 1, whose tails are thin
+FEW_RESAMPLES = 200  # for what is no mean and takes long
 
 
 def with_budget(completions: pd.DataFrame, budget: float, budget_form: str = "total") -> pd.DataFrame:
