@@ -59,9 +59,7 @@ def lm_head(model: nn.Module, vocab_size: int | None = None) -> Head:
     return Head(weight[:vocab_size], bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
-def divergence_from_logits(
-    student_logits: Tensor, teacher_logits: Tensor, kind: str = "reverse_kl", jsd_beta: float = 0.5
-) -> Tensor:
+def divergence_from_logits(student_logits, teacher_logits, kind="reverse_kl", jsd_beta=0.5) -> Tensor:
     """D(student || teacher) over the last dimension: (..., V), (..., V) -> (...).
 
     `reverse_kl` is KL(student || teacher), `forward_kl` is KL(teacher || student), and `jsd` is, with 0 < beta < 1 and

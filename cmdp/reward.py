@@ -91,8 +91,7 @@ def modified_reward(
         phi: Phi(s_t), (B, T), of the form `exhausted`; the cost by default.
         discount: gamma of the cumulative cost.
 
-    Raises:
-        ValueError: an unknown form, lam or penalty below 0, or a phi that the form cannot use.
+    Raises `ValueError` for an unknown form, lam or penalty below 0, or a phi that the form cannot use.
     """
     if form not in FORMS:
         raise ValueError(f"The reward's form is one of {FORMS}, not {form!r}.")
@@ -139,16 +138,13 @@ def group_advantages(returns: Tensor, group_size: int, scale: bool = False) -> T
 
 
 def token_advantages(reward, cost, mask, budget, group_size, credit="return_to_go", discount=1.0) -> Tensor:
-    """Advantages per token: the return from t on minus a baseline that knows the state, (N, T).
+    """Advantages per token: the return from t on minus a baseline that knows the state, (N, T). The baseline is a
+    least-squares fit over all tokens on position, cost so far, its excess over the budget, and the group's mean return.
 
-    The baseline is a least-squares fit, over all tokens, of that return on the position, the cost so far, its excess
-    over the budget, and the mean return of the group.
-
-    Args:
-        reward: what each token earns, (N, T), in whole, consecutive groups; NaN as in `group_advantages`.
-        cost, mask, budget: as for `modified_reward`.
-        credit: `return_to_go`, sum_{k>=t} r_k; or `length_normalised`, the mean of r_k over the later tokens k > t, as
-            in MiniLLM (arXiv 2306.08543, section 2.2), which leaves r_t to the single-step part.
+    `reward` (N, T) is what each token earns, in whole, consecutive groups, NaN as in `group_advantages`; the rest is as
+    for `modified_reward`. Under the credit `return_to_go` the return is sum_{k>=t} r_k; under `length_normalised` it is
+    the mean of r_k over the later tokens k > t, as in MiniLLM (arXiv 2306.08543, section 2.2), which leaves r_t to the
+    single-step part.
     """
     scored = ~reward.isnan().any(dim=1, keepdim=True)
     on = (mask != 0) & scored

@@ -45,11 +45,8 @@ def _option(default, help: str):
 
 @dataclass
 class CMDPConfig(GRPOConfig):
-    """GRPO's configuration, and what the constraint adds. Symbols are those of the method.
-
-    Raises:
-        ValueError: a number out of its range, or settings whose gradient would not be the stated objective's.
-    """
+    """GRPO's configuration, and what the constraint adds, in the method's symbols. Raises `ValueError` for a number out
+    of its range, and for settings whose gradient would not be the stated objective's."""
 
     budget: float = _option(math.inf, "d in nats (total), or delta in nats per token.")
     budget_form: str = _option("total", "How the budget is stated: total or per_token.")
@@ -78,15 +75,15 @@ class CMDPConfig(GRPOConfig):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, not {getattr(self, name)!r}.")
         for names, holds, allowed in (
-            (("discount",), lambda x: 0 < x <= 1, "above 0 and at most 1"),
-            (("lam", "penalty", "task_weight", "dual_rate"), lambda x: 0 <= x < math.inf, "finite and 0 or more"),
-            (("margin",), lambda x: 0 <= x < 1, "a share of the budget, 0 or more and below 1"),
-            (("step_budget",), lambda x: x != math.inf, "finite, or None"),
-            (("distil_steps",), lambda x: x >= 0, "0 or more"),
-            (("csr_target",), lambda x: x is None or 0 <= x <= 1, "between 0 and 1"),
-            (("jsd_beta",), lambda x: 0 < x < 1, "above 0 and below 1"),
+            ("discount", lambda x: 0 < x <= 1, "above 0 and at most 1"),
+            ("lam penalty task_weight dual_rate", lambda x: 0 <= x < math.inf, "finite and 0 or more"),
+            ("margin", lambda x: 0 <= x < 1, "a share of the budget, 0 or more and below 1"),
+            ("step_budget", lambda x: x != math.inf, "finite, or None"),
+            ("distil_steps", lambda x: x >= 0, "0 or more"),
+            ("csr_target", lambda x: x is None or 0 <= x <= 1, "between 0 and 1"),
+            ("jsd_beta", lambda x: 0 < x < 1, "above 0 and below 1"),
         ):
-            for name in names:
+            for name in names.split():
                 if not holds(getattr(self, name)):
                     raise ValueError(f"{name} must be {allowed}, not {getattr(self, name)!r}.")
         if self.budget_from is not None and math.inf in (self.budget, self.budget_from):
@@ -103,13 +100,12 @@ class CMDPConfig(GRPOConfig):
 
 
 class CMDPTrainer(GRPOTrainer):
-    """Distil `teacher`, a model over the same tokenizer, into `model` under the budget of `args`. The rest is as for
-    `GRPOTrainer`, with a task reward in [0, 1].
+    """TRL's `GRPOTrainer`, which distils `teacher` into `model` under the budget of `args`. The models have one
+    tokenizer, and the task reward is in [0, 1].
 
     Raises:
-        ValueError: a head of student or teacher lacks rows for some of the tokenizer's ids or has an adapter that is
-            not read; an exact divergence is asked for under DeepSpeed's ZeRO-3 (use k2); or, before the update that it
-            would enter, a cost, reward, loss or gradient is not finite.
+        ValueError: student or teacher has a head with too few rows for the tokenizer, or an adapter that is not read;
+            ZeRO-3 with an exact divergence; or, before the update, a cost, reward, loss or gradient is not finite.
     """
 
     _tag_names = ["trl", "grpo", "cmdp"]
@@ -121,14 +117,15 @@ class CMDPTrainer(GRPOTrainer):
             raise ValueError("The teacher has a learned prompt, which is not read: give one without, or with LoRA.")
         student = self.accelerator.unwrap_model(self.model)
         student, teacher = (x.get_base_model() if hasattr(x, "get_base_model") else x for x in (student, teacher))
-        self._vocab_size = len(self._tokenizer)
+        self._vocab_size = ids = len(self._tokenizer)
         self._sampled = args.divergence in SAMPLED
         for role, other, fused in (("student", student, True), ("teacher", teacher, self._sampled)):
             head = other.get_output_embeddings()
             rows = getattr(head.weight, "ds_shape", head.weight.shape)[0]  # ZeRO-3 leaves an empty weight
-            if rows < self._vocab_size:
-                message = f"The {role}'s head has {rows} rows but the tokenizer {self._vocab_size} ids"
-                raise ValueError(f"{message}: choose student and teacher from one family, which shares a tokenizer.")
+            if rows < ids:
+                raise ValueError(
+                    f"The {role}'s head has {rows} rows but the tokenizer {ids} ids: use one model family."
+                )
             if fused and hasattr(head, "base_layer"):  # TRL's fused head reads the base layer's weight
                 raise ValueError(f"The adapter on the {role}'s LM head would be ignored: merge it (merge_and_unload).")
         if self._dist.is_zero3 and not self._sampled:  # the kernel cannot gather a head that is cut to the vocabulary
@@ -137,9 +134,8 @@ class CMDPTrainer(GRPOTrainer):
             ends = "the cost/mean at which gkd ends (tight) and that at which grpo does (loose)"
             warnings.warn(f"The budget is infinite and charges nothing: choose a budget between {ends}.", stacklevel=2)
         if args.fp16:  # its gradient scaler takes no bfloat16, in which TRL holds the adapter of a 4-bit student
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
+            for parameter in filter(lambda p: p.requires_grad, self.model.parameters()):
+                parameter.data = parameter.data.float()
         # TRL would hide truncated completions from the scoring pass; `_leave_out_truncated` hides them from the loss
         self.mask_truncated_completions = False
 
@@ -152,41 +148,30 @@ class CMDPTrainer(GRPOTrainer):
             self.teacher = prepare(teacher, self.accelerator)
         else:
             self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
-        self._teacher_head = None if self._sampled else self._whole_teacher_head()
+        if not self._sampled:  # gathered once: inside the student's forward FSDP would not gather it
+            with torch.no_grad(), self._dist.summon_full_params(self.teacher, recurse=False, writeback=False):
+                head = lm_head(self.accelerator.unwrap_model(self.teacher), self._vocab_size)
+                copied = self._dist.fsdp_version == 1  # otherwise whole already, or made so by `lm_head`
+                self._teacher_head = Head(*(x.clone() if copied and isinstance(x, Tensor) else x for x in head))
         self._task_reward = None  # (N,) of the last rollouts of all processes, NaN where no function gave one
         self._scored = None  # what the scoring pass found, where TRL ran it for its old log-probabilities
         self._rollout_time = 0.0
-
-    def _whole_teacher_head(self) -> Head:
-        """The teacher's head, gathered once: where the student's forward uses it, FSDP does not gather it."""
-        with torch.no_grad(), self._dist.summon_full_params(self.teacher, recurse=False, writeback=False):
-            head = lm_head(self.accelerator.unwrap_model(self.teacher), self._vocab_size)
-            copied = self._dist.fsdp_version == 1  # otherwise whole already, or made so by `lm_head`
-            return Head(*(x.clone() if copied and isinstance(x, Tensor) else x for x in head))
-
-    # ---- forward passes ----
 
     def _student_pass(self, model, teacher: Tensor, where: Tensor, **call) -> tuple[FusedCausalLMOutput, Tensor]:
         """TRL's fused forward `model(**call)`, None without labels, and the divergence from the teacher, of which
         `teacher` is what `_teacher_pass` gives, at the tokens of `where`, (B, T)."""
         if not self._sampled:
             return model(**call, use_cache=False, inside=functools.partial(self._exact_divergence, teacher, where))
-        output = model(**call, use_cache=False)
-        logps = output.log_probs[:, -where.shape[1] :]
-        return output, divergences.sampled_divergence(logps, teacher, self.args.divergence)
+        output, keep = model(**call, use_cache=False), where.shape[1]
+        return output, divergences.sampled_divergence(output.log_probs[:, -keep:], teacher, self.args.divergence)
 
-    def _exact_divergence(
-        self, teacher_hidden, where, model, fused_forward, labels=None, fused_lm_head=False, **inputs
-    ):
+    def _exact_divergence(self, teacher, where, model, forward, labels=None, fused_lm_head=False, **inputs):
         """What `_student_pass` gives, computed inside the student's forward."""
-        keep, output = where.shape[1], None
-        teacher = teacher_hidden, self._teacher_head
+        keep, output, teacher = where.shape[1], None, (teacher, self._teacher_head)
         settings = where, self.args.divergence, self.args.jsd_beta, self.temperature
-        together = fused_lm_head and divergences.own_tiles(teacher_hidden) and "output_router_logits" not in inputs
+        together = fused_lm_head and divergences.own_tiles(teacher[0]) and "output_router_logits" not in inputs
         if fused_lm_head and not together:
-            with _keep_hidden(model, captured := {}):
-                output = fused_forward(labels=labels, fused_lm_head=True, **inputs)
-            hidden = captured["hidden"][:, -keep - 1 : -1]
+            output, hidden = _with_hidden(model, keep, forward, labels=labels, fused_lm_head=True, **inputs)
         else:
             hidden = model.base_model(**inputs).last_hidden_state[:, -keep - 1 : -1]
         if not together:
@@ -205,9 +190,8 @@ class CMDPTrainer(GRPOTrainer):
             if self._sampled:
                 labels = input_ids.masked_fill(attention_mask == 0, -100)
                 return self.teacher(**inputs, labels=labels, fused_lm_head=True).log_probs[:, -keep:]
-            with _keep_hidden(self.accelerator.unwrap_model(self.teacher), captured := {}):
-                self.teacher(**inputs, use_cache=False, logits_to_keep=1)
-        return captured["hidden"][:, -keep - 1 : -1]
+            inside = self.accelerator.unwrap_model(self.teacher)
+            return _with_hidden(inside, keep, self.teacher, **inputs, use_cache=False, logits_to_keep=1)[1]
 
     def _get_per_token_logps_and_entropies(self, model, *args, log_probs=True, **options):
         """TRL's. Given `self.model`, as after generation, it is the scoring pass: `self._scored` is then the divergence
@@ -228,12 +212,10 @@ class CMDPTrainer(GRPOTrainer):
         self._scored = tuple(map(torch.cat, zip(*parts, strict=True)))
         return result
 
-    # ---- rollouts ----
-
     def _generate(self, prompts):
         start = time.perf_counter()
         generated = super()._generate(prompts)
-        self._metrics[self._mode]["time/generation"].append(time.perf_counter() - start)
+        self._generation_time = time.perf_counter() - start
         return generated
 
     def _calculate_rewards(self, *args, **kwargs):
@@ -259,7 +241,7 @@ class CMDPTrainer(GRPOTrainer):
         if not self._sampled:
             cost = cost.clamp(min=0.0)  # exact divergences are; rounding is not
 
-        task_reward = self._task_reward[self._own_rows(mask)]
+        task_reward = self._own_rows(self._task_reward)
         budget = trajectory_budget(args.budget, mask, args.budget_form)
         total = cumulative_cost(cost, mask, args.discount)[:, -1]
         self._check_finite("The cost of a completion", self.accelerator.gather(total))
@@ -270,21 +252,19 @@ class CMDPTrainer(GRPOTrainer):
         if args.step_budget is not None:  # a token's cost is its excess, of which nothing is allowed
             charged, aim = (cost - args.step_budget).clamp(min=0.0), torch.zeros_like(aim)
         modified = rewards.modified_reward(task_weight * task_reward, charged, mask, aim, **terms)
-        earned = modified.reward if long_term else modified.task
-        outputs["advantages"] = self._advantages(earned, cost, mask, aim)
-        outputs["single_step_weight"] = modified.weight
-        if args.step_budget is not None:
-            outputs["single_step_weight"] = modified.weight * (charged > 0)
+        outputs["advantages"] = self._advantages(modified.reward if long_term else modified.task, cost, mask, aim)
+        weight = modified.weight
+        outputs["single_step_weight"] = weight if args.step_budget is None else weight * (charged > 0)
         if terms["lam"] == 0:  # no single-step part: the loss needs no teacher
             del outputs["teacher"]
         if args.mask_truncated_completions:
             self._leave_out_truncated(outputs)
 
         self._log_trajectories(task_reward, total, budget, mask, cost, modified)
-        metrics = self._metrics[self._mode]
-        metrics["lambda"].append(terms["lam"])
+        self._log("lambda", terms["lam"])
         rollout_time = time.perf_counter() - start
-        metrics["time/scoring"].append(rollout_time - metrics["time/generation"][-1])  # rewards included
+        self._log("time/generation", self._generation_time)
+        self._log("time/scoring", rollout_time - self._generation_time)  # rewards included
         self._rollout_time += rollout_time
         return outputs
 
@@ -302,8 +282,7 @@ class CMDPTrainer(GRPOTrainer):
         if step < args.distil_steps:
             return budget, 0.0, False, terms | soft | {"lam": 1.0}
         if args.budget_from is not None:
-            left = max(0.0, 1 - 2 * step / max(1, self.state.max_steps))
-            budget += left * (args.budget_from - args.budget)
+            budget += max(0.0, 1 - 2 * step / max(1, self.state.max_steps)) * (args.budget_from - args.budget)
         if args.csr_target is not None and float((excess <= 0).float().mean()) < args.csr_target:
             terms |= soft
         return budget, args.task_weight, args.long_term, terms
@@ -317,10 +296,10 @@ class CMDPTrainer(GRPOTrainer):
         self._logs["advantages"].clear()
         self._logs["advantages"].extend(shown)
         if args.credit == "sequence":
-            return advantages[self._own_rows(mask)]
+            return self._own_rows(advantages)
         every = [gather(self.accelerator.pad_across_processes(x, dim=1)) for x in (earned, cost, mask)]
         advantages = rewards.token_advantages(*every, gather(budget), group_size, args.credit, args.discount)
-        return advantages[self._own_rows(mask), : mask.shape[1]]
+        return self._own_rows(advantages)[:, : mask.shape[1]]
 
     def _leave_out_truncated(self, outputs) -> None:
         """Take completions cut at the limit out of the loss, as TRL does under `mask_truncated_completions`."""
@@ -330,8 +309,6 @@ class CMDPTrainer(GRPOTrainer):
         for name in {"completion_mask", "tool_mask", "old_per_token_logps"} & outputs.keys():
             outputs[name] = outputs[name] * ended
         outputs["num_items_in_batch"] = self.accelerator.gather(_loss_mask(outputs).sum()).sum()
-
-    # ---- loss ----
 
     def _compute_loss(self, model, inputs):
         teacher, weight, passes = inputs.get("teacher"), inputs["single_step_weight"], []
@@ -346,7 +323,7 @@ class CMDPTrainer(GRPOTrainer):
         policy_loss = super()._compute_loss(student, inputs)
         self._log_loss("loss/policy", "A log-probability", policy_loss)
         if teacher is None:
-            self._metrics[self._mode]["loss/single_step"].append(0.0)
+            self._log("loss/single_step", 0.0)
             return policy_loss
         ((output, divergence),) = passes
         if self.args.divergence == "k1":  # the mean of its own gradient is 0: its credit is all in the policy part
@@ -354,10 +331,9 @@ class CMDPTrainer(GRPOTrainer):
         elif self._sampled and "old_per_token_logps" in inputs:  # drawn from an older student
             ratio = (output.log_probs[:, -weight.shape[1] :].detach() - inputs["old_per_token_logps"]).exp()
             divergence = divergence + (ratio - 1) * (divergence - divergence.detach())  # corrects the gradient alone
-        if self.args.step_budget is not None:
-            divergence = divergence - self.args.step_budget
+        excess = divergence - (self.args.step_budget or 0.0)
         # vLLM's sampling is corrected as in the policy part
-        charges = weight * divergence * charged * inputs.get("importance_sampling_ratio", 1.0)
+        charges = weight * excess * charged * inputs.get("importance_sampling_ratio", 1.0)
         single_step_loss = charges.sum() / self._normaliser(inputs)
         self._log_loss("loss/single_step", "A divergence", single_step_loss)
         return policy_loss + single_step_loss
@@ -368,16 +344,14 @@ class CMDPTrainer(GRPOTrainer):
         if self.loss_type == "dr_grpo":
             return len(inputs["completion_ids"]) * self.max_completion_length * accumulation
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        if self.model.training:  # the count spans the generation batch; an update sees its share
-            tokens = tokens * accumulation / self.args.steps_per_generation
-        return tokens
+        # in training the count spans the generation batch, of which an update sees its share
+        return tokens * accumulation / self.args.steps_per_generation if self.model.training else tokens
 
     def training_step(self, model, inputs, num_items_in_batch):
         start, self._rollout_time = time.perf_counter(), 0.0
         loss = super().training_step(model, inputs, num_items_in_batch)
-        update_time = time.perf_counter() - start - self._rollout_time
-        # the log takes the mean over micro-batches: that is then the time of an optimisation step
-        self._metrics["train"]["time/update"].append(update_time * self.current_gradient_accumulation_steps)
+        update_time = time.perf_counter() - start - self._rollout_time  # of a micro-batch; the log takes their mean
+        self._log("time/update", update_time * self.current_gradient_accumulation_steps)
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -386,28 +360,24 @@ class CMDPTrainer(GRPOTrainer):
             self._check_finite("The norm of the gradient", grad_norm)
         return grad_norm
 
-    # ---- helpers and logging ----
+    def _log(self, name: str, value: float) -> None:
+        self._metrics["train" if self.model.training else "eval"][name].append(value)
 
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
-
-    def _own_rows(self, mask: Tensor) -> slice:
+    def _own_rows(self, gathered: Tensor) -> Tensor:
         """This process's rows of what is gathered from all."""
-        first = self.accelerator.process_index * len(mask)
-        return slice(first, first + len(mask))
+        return gathered.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
 
     def _check_finite(self, name: str, values) -> None:
         if not torch.as_tensor(values).isfinite().all():
             raise ValueError(
-                f"{name} is not finite at step {self.state.global_step}: training stops before the update."
+                f"{name} is not finite at step {self.state.global_step}: it is not used and training stops."
             )
 
     def _log_loss(self, name: str, quantity: str, loss: Tensor) -> None:
         scale = self.current_gradient_accumulation_steps if self.model.training else 1.0
         value = self.accelerator.reduce((loss * scale).detach(), reduction="mean").item()
         self._check_finite(f"{quantity} in {name}", value)
-        self._metrics[self._mode][name].append(value)
+        self._log(name, value)
 
     def _log_trajectories(self, task_reward, total, budget, mask, cost, modified) -> None:
         """Log what the rollouts of all processes were worth and what they cost, under stable names."""
@@ -415,27 +385,24 @@ class CMDPTrainer(GRPOTrainer):
         gathered = self.accelerator.gather(torch.stack([column.float() for column in columns], dim=1))
         reward, total, budget, length, over, modified_total, undiscounted = gathered.unbind(dim=1)
         remaining = budget - total
-        median, high = total.quantile(torch.tensor([0.5, 0.9], device=total.device)).tolist()
         tokens = length.sum().clamp(min=1)
         for name, value in {
             "task_reward": reward.nanmean(),
             "modified_reward": modified_total.nanmean(),
             "csr": (remaining >= 0).float().mean(),
             "cost/mean": total.mean(),
-            "cost/q50": median,
-            "cost/q90": high,
+            "cost/q50": total.quantile(0.5),
+            "cost/q90": total.quantile(0.9),
             "kl_per_token": undiscounted.sum() / tokens,
             "remaining_budget": remaining.mean(),
             "over_budget_tokens": over.sum() / tokens,
         }.items():
-            self._metrics[self._mode][name].append(float(value))
+            self._log(name, float(value))
 
 
 def _allow_inside(model: PreTrainedModel) -> None:
-    """Let `model(inside=f, **inputs)` return `f(model, forward, **inputs)`, where `forward` is TRL's fused one.
-
-    What f does with the model's parameters is then inside DDP's and FSDP's wrappers, as it must be.
-    """
+    """Let `model(inside=f, **inputs)` return `f(model, forward, **inputs)`, where `forward` is TRL's fused one: inside
+    DDP's and FSDP's wrappers, where the parameters must be used."""
     fused_forward = model.forward
 
     @functools.wraps(type(model).forward)
@@ -445,15 +412,15 @@ def _allow_inside(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(forward, model)
 
 
-def _keep_hidden(model: PreTrainedModel, kept: dict[str, Tensor]):
-    """Context in which a forward leaves the backbone's last hidden states in `kept`: by a hook, because the forward
-    itself must run through DDP's or FSDP's wrapper, which would drop them."""
-    return model.base_model.register_forward_hook(
-        lambda module, inputs, output: kept.update(hidden=output.last_hidden_state)
-    )
+def _with_hidden(model: PreTrainedModel, keep: int, call, **inputs) -> tuple:
+    """`call(**inputs)`, and the last hidden states of `model` that predict the last `keep` tokens: by a hook, because
+    `call` goes through DDP's or FSDP's wrapper, which would drop them."""
+    kept = []
+    with model.base_model.register_forward_hook(lambda *passed: kept.append(passed[-1].last_hidden_state)):
+        output = call(**inputs)
+    return output, kept[0][:, -keep - 1 : -1]
 
 
 def _loss_mask(inputs: dict[str, Tensor]) -> Tensor:
     """1 on the tokens that the student wrote, (B, T): not on padding nor on what a tool returned."""
-    mask = inputs["completion_mask"]
-    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+    return inputs["completion_mask"] * inputs.get("tool_mask", 1)
