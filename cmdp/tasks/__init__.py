@@ -25,13 +25,11 @@ def load_task(name: str) -> ModuleType:
 
 def load_problems(settings: Mapping, tokenizer=None) -> dict[str, list[dict]]:
     """The problems by split. `settings`, the `task` section of a parameter file, has the task's `name` and the
-    arguments of its `problems`. Raises `ValueError` where the name or an argument is unknown, or one is missing.
-    """
+    arguments of its `problems`. Raises `ValueError` where the name or an argument is unknown, or one is missing."""
     problems = load_task(settings.get("name")).problems
-    arguments = {key: value for key, value in settings.items() if key not in ("name", "prompt_length")}
     signature = inspect.signature(problems)
-    if "tokenizer" in signature.parameters:
-        arguments["tokenizer"] = tokenizer
+    arguments = {key: value for key, value in settings.items() if key not in ("name", "prompt_length")}
+    arguments |= {"tokenizer": tokenizer} if "tokenizer" in signature.parameters else {}
     try:
         signature.bind(**arguments)
     except TypeError as error:
@@ -44,12 +42,12 @@ def read(source: str | Path, split: str, hub: Mapping[str, tuple], fields: tuple
     """The rows of a split ("train" or "test"), each with a text in all `fields`.
 
     `source` is a data set on the Hub, if `hub` has it with the configurations to read; a folder with `<split>.jsonl`,
-    `<split>.parquet` or `<split>-*.parquet`; or such a file.
-
-    Raises `FileNotFoundError` where there is nothing, or the data set is neither cached nor reachable, and `ValueError`
-    where a file cannot be read or a row lacks a field.
+    `<split>.parquet` or `<split>-*.parquet`; or such a file. Raises `FileNotFoundError` where there is nothing, or the
+    data set is neither cached nor reachable, and `ValueError` where a file cannot be read or a row lacks a field.
     """
     path = Path(source)
+    names = (f"{split}.jsonl", f"{split}.parquet", f"{split}-*.parquet")
+    files = [path] if path.is_file() else next(filter(None, (sorted(path.glob(name)) for name in names)), [])
     if str(source) in hub and not path.exists():
         from datasets import load_dataset
 
@@ -60,18 +58,16 @@ def read(source: str | Path, split: str, hub: Mapping[str, tuple], fields: tuple
                 f"{source} is neither cached nor reachable on the Hub ({type(error).__name__}): unset HF_HUB_OFFLINE "
                 f"to download it, or give a folder with {split}.jsonl or {split}.parquet."
             ) from error
-    else:
-        names = (f"{split}.jsonl", f"{split}.parquet", f"{split}-*.parquet")
-        files = [path] if path.is_file() else next((f for name in names if (f := sorted(path.glob(name)))), None)
-        if files is None:
-            raise FileNotFoundError(f"No problems at {path}: give {', '.join(names)} or one of {', '.join(hub)}.")
+    elif files:
         try:
             rows = [row for file in files for row in _read_file(file)]
         except ValueError as error:  # neither UTF-8 nor JSON, or no parquet
             raise ValueError(f"{files[0]} is neither JSONL, one problem per line, nor parquet: {error}") from error
-    for index, row in enumerate(rows):
+    else:
+        raise FileNotFoundError(f"No problems at {path}: give {', '.join(names)} or one of {', '.join(hub)}.")
+    for index, row in enumerate(rows, 1):
         if missing := [name for name in fields if not isinstance(row, dict) or not isinstance(row.get(name), str)]:
-            raise ValueError(f"Problem {index + 1} of {source} ({split}) has no text in {missing}.")
+            raise ValueError(f"Problem {index} of {source} ({split}) has no text in {missing}.")
     return rows
 
 
@@ -86,21 +82,23 @@ def _read_file(path: Path) -> list[dict]:
 def cut(train: list[dict], test: list[dict], sizes: Mapping[str, int | None], seed: int) -> dict[str, list[dict]]:
     """Disjoint splits: "test" from the head of `test`, all others from `train`, shuffled by `seed`, in the order of
     `sizes`; None takes all that is left. A question is kept once, and not in `train` if `test` has it. Raises
-    `ValueError` where there are too few problems.
-    """
-    first: dict[str, dict] = {}
-    for row in [*test, *train]:
-        first.setdefault(key(row["question"]), row)
-    heads = {key(row["question"]) for row in test}
-    tests, pool = ([row for asks, row in first.items() if (asks in heads) is is_test] for is_test in (True, False))
-    random.Random(seed).shuffle(pool)
+    `ValueError` where there are too few problems."""
+    tests: dict[str, dict] = {}
+    pool: dict[str, dict] = {}
+    for row in test:
+        tests.setdefault(key(row["question"]), row)
+    for row in train:
+        if (question := key(row["question"])) not in tests:
+            pool.setdefault(question, row)
+    held_out, rest = list(tests.values()), list(pool.values())
+    random.Random(seed).shuffle(rest)
     splits = {}
     for name, size in sizes.items():
-        source = tests if name == "test" else pool
-        if size is not None and size > len(source):
-            raise ValueError(f"There are {len(source)} problems left for {name!r}, and {size} were asked for.")
-        splits[name] = source[:size]
-        del source[:size]
+        left = held_out if name == "test" else rest
+        if size is not None and size > len(left):
+            raise ValueError(f"There are {len(left)} problems left for {name!r}, and {size} were asked for.")
+        splits[name] = left[:size]
+        del left[:size]
     return splits
 
 
@@ -113,11 +111,15 @@ def rendered(splits: dict[str, list[dict]], instruction: str, tokenizer) -> dict
     """The splits as rows of `prompt`, `answer` and `solution`. A prompt is the question and the instruction: the user's
     turn of the tokenizer's chat template, which writes the special tokens, or plain text without a template."""
 
-    def row(question: str, answer: str, solution: str) -> dict[str, str]:
-        prompt = f"{instruction}\n\nQuestion: {question}\nAnswer:"
-        if tokenizer is not None and tokenizer.chat_template:
-            message = {"role": "user", "content": f"{question}\n\n{instruction}"}
-            prompt = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-        return {"prompt": prompt, "answer": answer, "solution": solution}
+    def prompt(question: str) -> str:
+        if tokenizer is None or not tokenizer.chat_template:
+            return f"{instruction}\n\nQuestion: {question}\nAnswer:"
+        message = {"role": "user", "content": f"{question}\n\n{instruction}"}
+        return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
 
-    return {name: [row(**problem) for problem in rows] for name, rows in splits.items()}
+    return {
+        name: [
+            {"prompt": prompt(row["question"]), "answer": row["answer"], "solution": row["solution"]} for row in rows
+        ]
+        for name, rows in splits.items()
+    }

@@ -16,12 +16,9 @@ LEADS = ("", "so ", "next ")
 PHRASINGS = ("{a} {op} {b} = {c}", "{a} {op} {b} gives {c}", "{op} {b} on {a} gives {c}")
 LARGEST = 20  # no number in a problem or its solution is larger
 
-# At most nine digits: `int` raises on thousands of them.
-_EQUATION = re.compile(
-    r"(?:so |next )?(?:(?P<a>[0-9]{1,9}) (?P<op>[+*-]) (?P<b>[0-9]{1,9}) (?:=|gives)"
-    r"|(?P<op2>[+*-]) (?P<b2>[0-9]{1,9}) on (?P<a2>[0-9]{1,9}) gives) (?P<c>[0-9]{1,9})"
-)
-_ANSWER = re.compile(r"(?<!\S)# ([0-9]{1,9})$")
+_N = "[0-9]{1,9}"  # `int` raises on thousands of digits
+_EQUATION = re.compile(rf"(?:(so|next) )?(?:{_N} [+*-] {_N} (=|gives)|[+*-] {_N} (on) {_N} gives) {_N}")
+_ANSWER = re.compile(rf"(?<!\S)# ({_N})$")
 _PROMPT = re.compile(r"has (\d+)|then (gets|loses|times) (\d+)")
 
 
@@ -68,20 +65,16 @@ def problems(sizes: dict[str, int], steps: tuple[int, int], seed: int) -> dict[s
     """
     rng = random.Random(seed)
     seen: set = set()
-    splits: dict[str, list] = {name: [] for name in sizes}
-    for name, size in sizes.items():
-        misses = 0  # in a row
-        while len(splits[name]) < size:
+
+    def problem() -> dict[str, str]:
+        for _ in range(100_000):
             start, operations = draw(rng, rng.randint(*steps))
-            if (key := (start, *operations)) in seen:
-                misses += 1
-                if misses > 100_000:
-                    raise ValueError(f"Too few different problems of {steps} steps for {sizes}: ask for fewer.")
-                continue
-            seen.add(key)
-            misses = 0
-            splits[name].append(render(rng, start, operations))
-    return splits
+            if (start, *operations) not in seen:
+                seen.add((start, *operations))
+                return render(rng, start, operations)
+        raise ValueError(f"Too few different problems of {steps} steps for {sizes}: ask for fewer.")
+
+    return {name: [problem() for _ in range(size)] for name, size in sizes.items()}
 
 
 def is_correct(completion: str, answer: str) -> bool:
@@ -94,27 +87,21 @@ def steps_are_valid(completion: str, prompt: str) -> bool:
     """Whether the completion is a valid derivation: for each step of the prompt, in order, one true equation with its
     operation and number that starts from the value before; then the last value as answer.
     """
-    found = [(m[1], m[2], m[3]) for m in _PROMPT.finditer(prompt)]
-    value, operations = int(found[0][0]), [(VERBS[verb], int(n)) for _, verb, n in found[1:]]
+    (start, _, _), *operations = _PROMPT.findall(prompt)
     *lines, answer = completion.strip().split(" ; ")
     if len(lines) != len(operations):
         return False
-    for line, (op, number) in zip(lines, operations, strict=True):
-        match = _EQUATION.fullmatch(line)
-        if match is None:
+    value = int(start)
+    for line, (_, verb, number) in zip(lines, operations, strict=True):
+        op, result = VERBS[verb], apply(value, VERBS[verb], int(number))
+        phrased = [lead + form.format(a=value, op=op, b=number, c=result) for lead in LEADS for form in PHRASINGS]
+        if line not in phrased:
             return False
-        a, written, b = match["a"] or match["a2"], match["op"] or match["op2"], match["b"] or match["b2"]
-        if (int(a), written, int(b)) != (value, op, number) or int(match["c"]) != apply(value, op, number):
-            return False
-        value = int(match["c"])
+        value = result
     return answer == f"# {value}"
 
 
 def style(completion: str) -> str:
     """How each equation is phrased, as its lead and form: "so=", "on", ...; "?" for what is no equation."""
-    words = []
-    for line in completion.strip().split(" ; ")[:-1]:
-        match = _EQUATION.fullmatch(line)
-        lead = next((lead.strip() for lead in LEADS if lead and line.startswith(lead)), "")
-        words.append("?" if match is None else lead + ("on" if match["op2"] else "=" if "=" in line else "gives"))
-    return " ".join(words)
+    matches = [_EQUATION.fullmatch(line) for line in completion.strip().split(" ; ")[:-1]]
+    return " ".join((m[1] or "") + (m[2] or m[3]) if m else "?" for m in matches)

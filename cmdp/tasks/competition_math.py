@@ -22,11 +22,9 @@ def problems(
 ) -> dict[str, list[dict]]:
     """Disjoint splits, as of `gsm.problems`, from "EleutherAI/hendrycks_math" or files whose rows have `problem`,
     `solution` and, optionally, `answer`. `test` is the source of the test split, if another: "HuggingFaceH4/MATH-500",
-    a folder or a file.
-    """
-    return tasks.rendered(
-        tasks.cut(read(source, "train"), read(test or source, "test"), sizes, seed), INSTRUCTION, tokenizer
-    )
+    a folder or a file."""
+    splits = tasks.cut(read(source, "train"), read(test or source, "test"), sizes, seed)
+    return tasks.rendered(splits, INSTRUCTION, tokenizer)
 
 
 def read(source: str | Path, split: str) -> list[dict[str, str]]:
@@ -37,8 +35,8 @@ def read(source: str | Path, split: str) -> list[dict[str, str]]:
 
 def gold(row: dict[str, str]) -> str:
     """The row's answer, or the last box of its solution. Raises `ValueError` where there is none."""
-    boxed = answers.extract(row["solution"]) if re.search(r"\\boxed|\\fbox", row["solution"]) else None
-    answer = row.get("answer") or boxed
+    solution = row["solution"]
+    answer = row.get("answer") or (answers.extract(solution) if re.search(r"\\boxed|\\fbox", solution) else None)
     if not answer:
-        raise ValueError(f"A solution has its answer in \\boxed{{}}; this has none: {row['solution'][-80:]!r}.")
+        raise ValueError(f"A solution has its answer in \\boxed{{}}; this has none: {solution[-80:]!r}.")
     return answers.tidy(answer)

@@ -27,16 +27,13 @@ def problems(source: str | Path, sizes: dict[str, int | None], seed: int, tokeni
     """Disjoint splits of `sizes` problems (None: all that are left): "test" from GSM8K's test split, all others
     from its training split by `seed`. `tokenizer` renders the prompts, see `tasks.rendered`.
 
-    `source` is "openai/gsm8k" on the Hub; a folder with files (see `tasks.read`) whose rows have `question` and
-    `answer`, the last line of which is `#### n`; or "gsm-symbolic".
-
-    Raises `FileNotFoundError` where the source is not there or not reachable, and `ValueError` where there are too few
-    problems or a row is malformed.
+    `source` is "openai/gsm8k" on the Hub; a folder or file (see `tasks.read`, also for errors) whose rows have
+    `question` and `answer`, the last line of which is `#### n`; or "gsm-symbolic". Raises `ValueError` where there are
+    too few problems or a row is malformed.
     """
     if str(source) == SYMBOLIC:
-        splits = symbolic(sizes, seed)
-    else:
-        splits = tasks.cut(read(source, "train"), read(source, "test"), sizes, seed)
+        return tasks.rendered(symbolic(sizes, seed), INSTRUCTION, tokenizer)
+    splits = tasks.cut(read(source, "train"), read(source, "test"), sizes, seed)
     return tasks.rendered(splits, INSTRUCTION, tokenizer)
 
 
@@ -69,11 +66,9 @@ def symbolic(sizes: dict[str, int | None], seed: int) -> dict[str, list[dict[str
         if all(equation.holds for equation in steps.equations(solution)) and is_correct(solution, answer):
             drawn.setdefault(tasks.key(question), {"question": question, "answer": answer, "solution": solution})
         if len(drawn) == needed:
-            break
-    if len(drawn) < needed:
-        raise ValueError(f"{SYMBOLIC} gave {len(drawn)} different problems, and {needed} were asked for.")
-    rows = iter(drawn.values())
-    return {name: [next(rows) for _ in range(size)] for name, size in sizes.items()}
+            rows = iter(drawn.values())
+            return {name: [next(rows) for _ in range(size)] for name, size in sizes.items()}
+    raise ValueError(f"{SYMBOLIC} gave {len(drawn)} different problems, and {needed} were asked for.")
 
 
 def steps_are_valid(completion: str, prompt: str) -> bool:
@@ -83,5 +78,5 @@ def steps_are_valid(completion: str, prompt: str) -> bool:
     if len(completion) > steps.LONGEST or answers.extract(completion) is None:
         return False
     found = [*steps.equations(completion), *steps.annotations(completion)]
-    read_ones = [equation.holds for equation in found if isinstance(equation, steps.Equation)]
-    return bool(read_ones) and all(read_ones)
+    holds = [equation.holds for equation in found if isinstance(equation, steps.Equation)]
+    return bool(holds) and all(holds)
