@@ -82,7 +82,8 @@ def modified_reward(
     - `hinge` (ours): r~ = R - n 1{C > d} - lam max(0, C - d), at the last token. With n = 0 nothing jumps;
     - `lagrangian`: r~_t = r_t - lam gamma^(t-1) c_t, whatever the budget: the soft constraint of the baselines.
 
-    r_t is R at the last token (the first column of an empty completion) and 0 elsewhere.
+    r_t is R at the last token (the first column of an empty completion) and 0 elsewhere. Raises `ValueError` for an
+    unknown form, lam or penalty below 0, or a phi that the form cannot use.
 
     Args:
         task_reward, budget: R in [0, 1], and d in nats from `trajectory_budget`, (B,).
@@ -90,8 +91,6 @@ def modified_reward(
         lam, penalty: lambda in reward per nat, and n in reward, both 0 or more.
         phi: Phi(s_t), (B, T), of the form `exhausted`; the cost by default.
         discount: gamma of the cumulative cost.
-
-    Raises `ValueError` for an unknown form, lam or penalty below 0, or a phi that the form cannot use.
     """
     if form not in FORMS:
         raise ValueError(f"The reward's form is one of {FORMS}, not {form!r}.")

@@ -200,11 +200,10 @@ class CMDPTrainer(GRPOTrainer):
             return super()._get_per_token_logps_and_entropies(model, *args, **options)
         keep, parts = args[2], []
 
-        def student(input_ids, attention_mask, **call):
-            teacher = self._teacher_pass(input_ids, attention_mask, keep)
-            call = call if log_probs or self._sampled else {}
-            call |= {"input_ids": input_ids, "attention_mask": attention_mask}
-            output, divergence = self._student_pass(model, teacher, attention_mask[:, -keep:], **call)
+        def student(labels, fused_lm_head, **call):
+            teacher, where = self._teacher_pass(**call, keep=keep), call["attention_mask"][:, -keep:]
+            head = {"labels": labels, "fused_lm_head": True} if log_probs or self._sampled else {}
+            output, divergence = self._student_pass(model, teacher, where, **call, **head)
             parts.append((divergence, teacher))
             return output or FusedCausalLMOutput(log_probs=divergence)  # which nobody reads
 
@@ -253,8 +252,7 @@ class CMDPTrainer(GRPOTrainer):
             charged, aim = (cost - args.step_budget).clamp(min=0.0), torch.zeros_like(aim)
         modified = rewards.modified_reward(task_weight * task_reward, charged, mask, aim, **terms)
         outputs["advantages"] = self._advantages(modified.reward if long_term else modified.task, cost, mask, aim)
-        weight = modified.weight
-        outputs["single_step_weight"] = weight if args.step_budget is None else weight * (charged > 0)
+        outputs["single_step_weight"] = modified.weight if args.step_budget is None else modified.weight * (charged > 0)
         if terms["lam"] == 0:  # no single-step part: the loss needs no teacher
             del outputs["teacher"]
         if args.mask_truncated_completions:
@@ -325,7 +323,7 @@ class CMDPTrainer(GRPOTrainer):
         if teacher is None:
             self._log("loss/single_step", 0.0)
             return policy_loss
-        ((output, divergence),) = passes
+        output, divergence = passes[0]
         if self.args.divergence == "k1":  # the mean of its own gradient is 0: its credit is all in the policy part
             divergence = divergence.detach()
         elif self._sampled and "old_per_token_logps" in inputs:  # drawn from an older student
