@@ -83,8 +83,7 @@ def cut(train: list[dict], test: list[dict], sizes: Mapping[str, int | None], se
     """Disjoint splits: "test" from the head of `test`, all others from `train`, shuffled by `seed`, in the order of
     `sizes`; None takes all that is left. A question is kept once, and not in `train` if `test` has it. Raises
     `ValueError` where there are too few problems."""
-    tests: dict[str, dict] = {}
-    pool: dict[str, dict] = {}
+    tests, pool = {}, {}
     for row in test:
         tests.setdefault(key(row["question"]), row)
     for row in train:
@@ -111,15 +110,11 @@ def rendered(splits: dict[str, list[dict]], instruction: str, tokenizer) -> dict
     """The splits as rows of `prompt`, `answer` and `solution`. A prompt is the question and the instruction: the user's
     turn of the tokenizer's chat template, which writes the special tokens, or plain text without a template."""
 
-    def prompt(question: str) -> str:
-        if tokenizer is None or not tokenizer.chat_template:
-            return f"{instruction}\n\nQuestion: {question}\nAnswer:"
-        message = {"role": "user", "content": f"{question}\n\n{instruction}"}
-        return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    def render(question: str, answer: str, solution: str) -> dict[str, str]:
+        prompt = f"{instruction}\n\nQuestion: {question}\nAnswer:"
+        if tokenizer is not None and tokenizer.chat_template:
+            message = {"role": "user", "content": f"{question}\n\n{instruction}"}
+            prompt = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        return {"prompt": prompt, "answer": answer, "solution": solution}
 
-    return {
-        name: [
-            {"prompt": prompt(row["question"]), "answer": row["answer"], "solution": row["solution"]} for row in rows
-        ]
-        for name, rows in splits.items()
-    }
+    return {name: [render(**problem) for problem in rows] for name, rows in splits.items()}

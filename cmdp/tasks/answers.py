@@ -46,6 +46,7 @@ _DECIMAL = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
 _NUMBER = re.compile(
     rf"([-+]?) ?(?:({_DECIMAL})(?: and)? (?={_DECIMAL} ?/))?({_DECIMAL})(?: ?/ ?({_DECIMAL})|[eE]([-+]?[0-9]{{1,2}}))?"
 )
+_FRACTION = re.compile(r"\\frac ?(?:\{ ?(-?)([0-9,.]+) ?\}|([0-9])) ?(?:\{ ?([0-9,.]+) ?\}|([0-9]))")
 _REPEATING = re.compile(r"([-+]?)([0-9]*)\.([0-9]*)\\overline ?\{([0-9]+)\}")
 _QUANTITY = re.compile(  # a core, and then only words
     r"(?P<core>(?!\\text).*?(?:[0-9)}\]]|\\pi|(?= ?\\text)))"
@@ -107,17 +108,16 @@ def number(text: str) -> Fraction | None:
     """The value of "-1,234.50", "1e3", "3/4", "2 3/4", "2\\frac{3}{4}" or "0.\\overline{3}"; None of anything else."""
     if match := _REPEATING.fullmatch(text):
         sign, whole, fixed, period = match.groups()
-        nines = Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(fixed))
-        return (Fraction(f"0{whole}.{fixed}0") + nines) * (-1 if sign == "-" else 1)
-    fraction = r"\\frac ?(?:\{ ?(-?)([0-9,.]+) ?\}|([0-9])) ?(?:\{ ?([0-9,.]+) ?\}|([0-9]))"
-    match = _NUMBER.fullmatch(re.sub(fraction, r" \1\2\3/\4\5", text).strip())
+        under = (10 ** len(period) - 1) * 10 ** len(fixed)
+        text = f"{sign}{int(whole + fixed + period) - int(f'0{whole}{fixed}')}/{under}"
+    match = _NUMBER.fullmatch(_FRACTION.sub(r" \1\2\3/\4\5", text).strip())
     if match is None:
         return None
-    sign, *parts, exponent = match.groups()
-    whole, over, under = (Fraction(f"0{part}0".replace(",", "") if "." in part else part.replace(",", ""))
-                          for part in (parts[0] or "0", parts[1], parts[2] or "1"))  # fmt: skip
-    value = (whole + over / under) * Fraction(10) ** int(exponent or 0) if under else None
-    return -value if value and sign == "-" else value
+    sign, whole, over, under, exponent = (part and part.replace(",", "") for part in match.groups())
+    if Fraction(under or 1) == 0:
+        return None
+    value = (Fraction(whole or 0) + Fraction(over) / Fraction(under or 1)) * Fraction(10) ** int(exponent or 0)
+    return -value if sign == "-" else value
 
 
 def is_correct(completion: str, answer: str) -> bool:
@@ -139,21 +139,20 @@ def equal(given: str, right: str) -> bool:
         return False
     if _plain(given) == _plain(right):
         return True
-    (core, scale, units), (other, other_scale, other_units) = _quantity(given), _quantity(right)
+    (core, scale, units), (other, other_scale, other_units) = map(_quantity, (given, right))
     if units and other_units and units != other_units:
         return False
     a, b = number(core), number(other)
     if a is not None and b is not None:
         a, b = a * scale, b * other_scale
-        if ("%" in units) != ("%" in other_units):
-            return a == b or (a == 100 * b if "%" in units else b == 100 * a)
-        return a == b
+        return a == b or a == b * Fraction(100) ** (("%" in units) - ("%" in other_units))
     if scale != other_scale or "%" in units | other_units:
         return False
     return core == other or verifier.verify(core, other)
 
 
 def _plain(text: str) -> str:
+    """A short form: braces about one character left out, and words without `\\text` in lower case."""
     text = re.sub(r"([_^]) ?\{(\w)\}", r"\1\2", text)
     words = re.sub(r"\\text ?\{([^{}]*)\}", r"\1", text).strip(" ().")
     return text if not re.fullmatch(r"[A-Za-z .'-]+", words) else words.casefold() if len(words) > 3 else words

@@ -66,7 +66,6 @@ _OPERATOR = re.compile(r"[+*⊗^<>\\{}_|√=]|\s/|/\s|\s-\s*[0-9(]|-\s")
 _CLAUSE_START = re.compile(r"[.;:!?=(\"—]\s*|,\s")
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 _OPERATORS |= {ast.Pow: operator.pow}
-_UNREADABLE = (SyntaxError, AttributeError, ValueError, KeyError, ZeroDivisionError, RecursionError, MemoryError)
 
 
 def equations(text: str) -> list[Equation]:
@@ -103,7 +102,7 @@ def _equations(text: str) -> list[Equation | None]:
         parts = _SIGN.split(line)
         for i in range(1, len(parts), 2):
             left, right = _left(parts[i - 1], is_first=i == 1), _right(parts[i + 1])
-            holds = None if left is None or right is None else _holds(left, right, parts[i])
+            holds = _holds(left, right, parts[i]) if left and right else None
             found.append(None if holds is None else Equation(left, right, holds))
     return found
 
@@ -117,18 +116,21 @@ def _left(segment: str, is_first: bool) -> str | None:
     expression = expression.strip().replace("⊗", "*")
     while expression.startswith("(") and expression.count("(") > expression.count(")"):
         before, expression, gap = before + "(", expression[1:].strip(), True
-    is_alone = not re.search(r"[0-9)%]\s*[-+*/^(]", expression)
-    if (is_alone and (is_first or cut or before.strip())) or (cut and re.search(r"[-+*/^(]\s*$", cut[-1])):
-        return None  # a number alone is read in the middle of a chain
+    is_alone = not re.search(r"[0-9)%]\s*[-+*/^(]", expression)  # a number, which is read in the middle of a chain
     clause = "" if cut else _CLAUSE_START.split(before[-300:])[-1].rstrip()
-    if re.match(r"[+*/^)]|-\s", expression) or (clause and expression.startswith("-")):
+    if (
+        (is_alone and (is_first or cut or before.strip()))
+        or (cut and re.search(r"[-+*/^(]\s*$", cut[-1]))
+        or re.match(r"[+*/^)]|-\s", expression)
+        or (clause and expression.startswith("-"))
+    ):
         return None
+    if not clause:
+        return expression if gap or (before[-1] in ":;(" and not before[-2:-1].isdigit()) else None
     is_label = re.search(r"\b[A-Z]\w*$", clause) and re.match(r"[0-9]+\s*-", expression)  # "Lot 1 - 5 + 3"
     is_sum = re.search(r"[0-9] +and$", clause) and (is_first or re.match(r"[0-9]+ ?/", expression))  # "1 and 1/4 * 4"
-    if clause:
-        changes = is_label or is_sum or _BEFORE.search(clause) or _OPERATOR.search(clause)
-        return expression if gap and clause[-1].isalpha() and not changes else None
-    return expression if gap or (before[-1] in ":;(" and not before[-2:-1].isdigit()) else None
+    changes = is_label or is_sum or _BEFORE.search(clause) or _OPERATOR.search(clause)
+    return expression if gap and clause[-1].isalpha() and not changes else None
 
 
 def _right(segment: str) -> str | None:
@@ -169,32 +171,31 @@ def _value(expression: str, percent: Fraction) -> Fraction | None:
     """The value of an expression, or None where it is not one, divides by zero, or is too large."""
     if len(expression) > LARGEST or not _EXPRESSION.fullmatch(expression):
         return None
-    numbers: list[Fraction] = []
 
-    def name(match: re.Match) -> str:
+    def exact(match: re.Match) -> str:
         value = Fraction(match[0].rstrip("% ").replace(",", ""))
-        numbers.append(value * percent if match[0].endswith("%") else value)
-        return f" n{len(numbers) - 1} "
+        return f"({value * percent if match[0].endswith('%') else value})"
 
     text = re.sub(r"(?<![0-9.,/])([0-9]+) ([0-9]+/[0-9]+)(?![0-9.,])", r"(\1+\2)", expression)  # 2 1/2
     text = re.sub(r"/\s+([0-9]+/[0-9]+)(?![0-9.,/])", r"/ (\1)", text)  # 60 / 3/4
-    text = re.sub(rf"{_NUMBER}(?: ?%)?", name, re.sub(r"(?<=[0-9%)])\(", "*(", text)).replace("^", "**")
+    text = re.sub(rf"{_NUMBER}(?: ?%)?", exact, re.sub(r"(?<=[0-9%)])\(", "*(", text)).replace("^", "**")
     try:
-        return _evaluate(ast.parse(text.strip(), mode="eval").body, numbers)
-    except _UNREADABLE:
+        return _evaluate(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, KeyError, ZeroDivisionError, RecursionError, MemoryError):
         return None
 
 
-def _evaluate(node: ast.expr, numbers: list[Fraction]) -> Fraction:
-    """The value of a parsed expression. Raises `_UNREADABLE` where it is anything but arithmetic of bounded size."""
-    if isinstance(node, ast.Name):
-        return numbers[int(node.id[1:])]
-    if isinstance(node, ast.UnaryOp):
-        return {ast.USub: operator.neg}[type(node.op)](_evaluate(node.operand, numbers))
-    a, b = _evaluate(node.left, numbers), _evaluate(node.right, numbers)
-    if isinstance(node.op, ast.Pow) and (b.denominator != 1 or abs(b) > 60):
-        raise ValueError("not a power to compute")
-    value = _OPERATORS[type(node.op)](a, b)
-    if max(value.numerator.bit_length(), value.denominator.bit_length()) > LARGEST:
-        raise ValueError("too large")
-    return value
+def _evaluate(node: ast.expr) -> Fraction:
+    """The value of a parsed expression. Raises where it is anything but arithmetic of bounded size."""
+    match node:
+        case ast.Constant():
+            return Fraction(node.value)
+        case ast.UnaryOp(op=ast.USub()):
+            return -_evaluate(node.operand)
+        case ast.BinOp():
+            a, b = _evaluate(node.left), _evaluate(node.right)
+            is_power = isinstance(node.op, ast.Pow)
+            value = None if is_power and (b.denominator != 1 or abs(b) > 60) else _OPERATORS[type(node.op)](a, b)
+            if value is not None and max(map(int.bit_length, value.as_integer_ratio())) <= LARGEST:
+                return value
+    raise ValueError("no arithmetic, or too large")
