@@ -1,5 +1,6 @@
 """Final answers: found in text, compared, and hostile ones survived."""
 
+import os
 import time
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmdp.tasks.answers import extract, is_correct, number
+from cmdp.tasks.verifier import verifier
 
 SLOWEST = 15.0  # seconds: 1 of processor time and the start of a process, on a machine that does other things too
 
@@ -294,6 +296,30 @@ def test_what_cannot_be_computed_is_refused_in_bounded_time(answer):
     start = time.perf_counter()
     assert not is_correct(f"\\boxed{{{answer}}}", "x^2+\\sqrt{3}")
     assert time.perf_counter() - start < SLOWEST
+
+
+def test_without_math_verify_every_comparison_that_needs_it_says_so(monkeypatch):
+    verifier.stop()
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="pip install math-verify"):
+            is_correct("\\boxed{x^2+38x+361}", "(x+19)^2")
+    monkeypatch.undo()
+    assert is_correct("\\boxed{x^2+38x+361}", "(x+19)^2")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_starts_its_own_and_leaves_the_parents_alone():
+    assert is_correct("\\boxed{x^2+42x+441}", "(x+21)^2")
+    process = verifier.process
+    child = os.fork()
+    if child == 0:
+        own = is_correct("\\boxed{x^2+44x+484}", "(x+22)^2") and verifier.process is not process
+        verifier.stop()
+        os._exit(not own)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert is_correct("\\boxed{x^2+46x+529}", "(x+23)^2")
+    assert verifier.process is process
 
 
 @pytest.mark.parametrize(

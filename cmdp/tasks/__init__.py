@@ -43,8 +43,7 @@ def read(source: str | Path, split: str, hub: Mapping[str, tuple], fields: tuple
 
     `source` is a data set on the Hub, if `hub` has it with the configurations to read; a folder with `<split>.jsonl`,
     `<split>.parquet` or `<split>-*.parquet`; or such a file. Raises `FileNotFoundError` where there is nothing, or the
-    data set is neither cached nor reachable, and `ValueError` where a file cannot be read or a row lacks a field.
-    """
+    data set is neither cached nor reachable, and `ValueError` where a file cannot be read or a row lacks a field."""
     path = Path(source)
     names = (f"{split}.jsonl", f"{split}.parquet", f"{split}-*.parquet")
     files = [path] if path.is_file() else next(filter(None, (sorted(path.glob(name)) for name in names)), [])

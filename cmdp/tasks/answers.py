@@ -72,8 +72,7 @@ _NOT_UNITS = re.compile(  # these, and words that go on or deny
 def extract(completion: str) -> str | None:
     """The last answer that the completion states, tidied, or None: after `####` (unless that begins a heading) or in
     `\\boxed{}`, wherever one is, else after "the answer is". Thoughts (`<think>...</think>`) and all but the last
-    50,000 characters are left out.
-    """
+    50,000 characters are left out."""
     text = _THOUGHT.split(_THOUGHT_END.split(completion)[-1], maxsplit=1)[0][-50_000:]
     marks = [mark for mark in _MARK.finditer(text) if mark[0] != "####" or not _HEADING.match(text, mark.end())]
     mark = (marks or list(_SAID.finditer(text)) or [None])[-1]
@@ -125,8 +124,7 @@ def is_correct(completion: str, answer: str) -> bool:
     time: milliseconds, or a second of processor time and the start of a process.
 
     Numbers are equal when their values are; a percentage stands for its number or its hundredth. Units are compared
-    where both answers have them. Anything else is equal when math-verify says so.
-    """
+    where both answers have them. Anything else is equal when math-verify says so."""
     given = extract(completion)
     return given is not None and equal(given, answer)
 

@@ -61,8 +61,7 @@ def render(rng: random.Random, start: int, operations: list[tuple[str, int]]) ->
 
 def problems(sizes: dict[str, int], steps: tuple[int, int], seed: int) -> dict[str, list[dict[str, str]]]:
     """Splits of `sizes` problems with `steps` = (fewest, most) operations, drawn in the order of `sizes`. No two
-    problems have the same start and operations. Raises `ValueError` where there are not so many different problems.
-    """
+    problems have the same start and operations. Raises `ValueError` where there are not so many different problems."""
     rng = random.Random(seed)
     seen: set = set()
 
@@ -85,8 +84,7 @@ def is_correct(completion: str, answer: str) -> bool:
 
 def steps_are_valid(completion: str, prompt: str) -> bool:
     """Whether the completion is a valid derivation: for each step of the prompt, in order, one true equation with its
-    operation and number that starts from the value before; then the last value as answer.
-    """
+    operation and number that starts from the value before; then the last value as answer."""
     (start, _, _), *operations = _PROMPT.findall(prompt)
     *lines, answer = completion.strip().split(" ; ")
     if len(lines) != len(operations):

@@ -29,8 +29,7 @@ def problems(source: str | Path, sizes: dict[str, int | None], seed: int, tokeni
 
     `source` is "openai/gsm8k" on the Hub; a folder or file (see `tasks.read`, also for errors) whose rows have
     `question` and `answer`, the last line of which is `#### n`; or "gsm-symbolic". Raises `ValueError` where there are
-    too few problems or a row is malformed.
-    """
+    too few problems or a row is malformed."""
     if str(source) == SYMBOLIC:
         return tasks.rendered(symbolic(sizes, seed), INSTRUCTION, tokenizer)
     splits = tasks.cut(read(source, "train"), read(source, "test"), sizes, seed)
@@ -51,8 +50,7 @@ def read(source: str | Path, split: str) -> list[dict[str, str]]:
 
 def symbolic(sizes: dict[str, int | None], seed: int) -> dict[str, list[dict[str, str]]]:
     """Different GSM-Symbolic problems, dealt to the splits in the order of `sizes`. The templates are shared: names and
-    numbers are held out. Raises `ValueError` where a size is None, or too few different problems turn up.
-    """
+    numbers are held out. Raises `ValueError` where a size is None, or too few different problems turn up."""
     from reasoning_gym import create_dataset
 
     if None in sizes.values():
@@ -73,8 +71,7 @@ def symbolic(sizes: dict[str, int | None], seed: int) -> dict[str, list[dict[str
 
 def steps_are_valid(completion: str, prompt: str) -> bool:
     """Whether the completion states an answer and equations that `steps` reads, all of which hold. Whether they fit the
-    problem is not checked. A completion longer than `steps.LONGEST` characters is not valid.
-    """
+    problem is not checked. A completion longer than `steps.LONGEST` characters is not valid."""
     if len(completion) > steps.LONGEST or answers.extract(completion) is None:
         return False
     found = [*steps.equations(completion), *steps.annotations(completion)]

@@ -70,7 +70,7 @@ _OPERATORS |= {ast.Pow: operator.pow}
 
 def equations(text: str) -> list[Equation]:
     """The equations that are read in the first `LONGEST` characters of a text, annotations left out."""
-    return [equation for equation in _equations(without_annotations(text[:LONGEST])) if equation]
+    return list(filter(None, _equations(without_annotations(text[:LONGEST]))))
 
 
 def annotations(text: str) -> list[Equation | str]:

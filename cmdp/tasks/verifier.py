@@ -44,19 +44,20 @@ class Verifier:
     """The process, started when first needed, and again when it has died or after a fork."""
 
     def __init__(self) -> None:
-        self.lock, self.process, self.owner = threading.Lock(), None, 0
+        self.lock, self.process = threading.Lock(), None
 
     def start(self) -> None:
         # Neither forked (torch may be loaded) nor by multiprocessing, which would run the caller's main module again
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         variables = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
-        self.process = subprocess.Popen([sys.executable, "-P", "-B", __file__], env=variables, **pipes)
-        self.owner = os.getpid()
+        command = [sys.executable, "-P", "-B", __file__]
+        self.process = subprocess.Popen(command, env=variables, text=True, bufsize=1, **pipes)
         if not self.process.stdout.readline():
+            self.stop()
             raise RuntimeError("math-verify does not start: is it installed (`pip install math-verify`)?")
 
     def stop(self) -> None:
-        if self.process is not None and self.owner == os.getpid():
+        if self.process is not None:
             self.process.kill()
             self.process.communicate()
         self.process = None
@@ -66,12 +67,11 @@ class Verifier:
         if not (is_readable(given) and is_readable(right)):
             return False
         with self.lock:
-            if self.process is None or self.owner != os.getpid():
+            if self.process is None:
                 self.start()
             reply = ""
             with contextlib.suppress(OSError):
                 self.process.stdin.write(json.dumps([given, right]) + "\n")
-                self.process.stdin.flush()
                 reply = self.process.stdout.readline()
             if not reply:
                 self.stop()
@@ -80,7 +80,7 @@ class Verifier:
 
 verifier = Verifier()
 atexit.register(verifier.stop)
-os.register_at_fork(after_in_child=lambda: setattr(verifier, "lock", threading.Lock()))
+os.register_at_fork(after_in_child=verifier.__init__)  # which leaves the process to the parent
 
 
 def lock_down() -> None:
@@ -105,16 +105,15 @@ def lock_down() -> None:
     # SymPy's own generated code, sums and products of tuples' items
     generated = re.compile(rb"def monomial_[a-z]+\([ABk, ]*\):\n[ABNa-z0-9\s(),=+*<>:-]*")
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    harmful = ("os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pty.")
 
     def audit(event: str, arguments: tuple) -> None:
-        family = event.partition(".")[0]
-        refused = (
-            family in ("os", "subprocess", "socket", "shutil", "ctypes", "pty") and event != "os.listdir"
-        )  # imports
         if event == "open":
             refused = isinstance(arguments[2], int) and arguments[2] & writing
         elif event == "compile":  # modules have a file
             refused = not str(arguments[1]).endswith(".py") and not generated.fullmatch(bytes(arguments[0] or b""))
+        else:
+            refused = event.startswith(harmful) and event != "os.listdir"  # which imports need
         if refused:
             os._exit(70)
 
@@ -143,7 +142,7 @@ def serve() -> None:
         is_real = not grader.should_treat_as_complex(text)
         value = latex2sympy(normalize_latex(text, rules), is_real=is_real, normalization_config=None)
         names = [getattr(atom, "name", str(atom.func)) for atom in value.atoms(Symbol, AppliedUndef)]
-        if not is_readable(text) or not all(_NAME.fullmatch(name) for name in names):
+        if not is_readable(text) or not all(map(_NAME.fullmatch, names)):
             raise ValueError("a name that is none")
         return value
 
