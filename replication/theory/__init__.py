@@ -21,23 +21,21 @@ LEARNERS = {  # form of the modified reward and name of the tuned parameter; Non
     "saute-constant": ("exhausted", "n"),
     "saute-augmented": ("exhausted", "n"),
     "cmdp": ("exhausted", "lambda"),
-    "cmdp-margin": ("exhausted", "lambda"),
     "cmdp-overshoot": ("overshoot", "lambda"),
-    "cmdp-overshoot-margin": ("overshoot", "lambda"),
     "cmdp-hinge": ("hinge", "lambda"),
-    "cmdp-hinge-margin": ("hinge", "lambda"),
     "worst-case": ("overshoot", "lambda"),  # on the excess of each step, with budget 0
 }
 # a margin, for any form: aim at less than d, so that a learner that ends beside its aim is still within d
+LEARNERS |= {f"{name}-margin": LEARNERS[name] for name in ("cmdp", "cmdp-overshoot", "cmdp-hinge")}
 OURS = ("cmdp-margin", "cmdp-overshoot", "cmdp-overshoot-margin", "cmdp-hinge", "cmdp-hinge-margin")
 FORMS = ("exhausted", "overshoot", "hinge")  # of the modified reward, those that depend on the budget
 
 
 def run(parameters: dict, folder: Path) -> None:
-    """Write every table into `folder`. The same parameters (params.yaml) give the same bytes, except `timing.csv`."""
+    """Write every table into `folder`. The same parameters (params.yaml) give the same bytes."""
     from replication.theory import contest, guarantees, optimum
 
-    studies = optimum.optimum, optimum.refinement, optimum.timing, optimum.example, guarantees.penalty_bound
+    studies = optimum.optimum, optimum.refinement, optimum.example, guarantees.penalty_bound
     studies += guarantees.augmentation, guarantees.exact_penalty, guarantees.gradient, guarantees.jump, contest.contest
     for study in studies:
         for name, table in study(parameters).items():
@@ -50,17 +48,17 @@ def run(parameters: dict, folder: Path) -> None:
 
 def summarise(tables: dict[str, pd.DataFrame]) -> dict:
     """The numbers that the notebook quotes, from the tables of the result files."""
-    optimum, bound, thresholds = (tables[name] for name in ("optimum", "penalty_bound", "exact_penalty"))
-    smooth = tables["gradient"][~tables["gradient"]["crossing"]]
-    error = smooth["error"].abs() / smooth["difference"].abs().clip(lower=1e-3)
+    optimum, bound, prices = (tables[name] for name in ("optimum", "penalty_bound", "exact_penalty"))
     gain = (optimum["lower"] - optimum["soft_never"]).groupby(optimum["budget"])
     ratio, positive = bound["p"] / bound["bound"].clip(lower=1e-12), bound["p"].where(bound["n"] > 0)
     bound = pd.DataFrame({"greatest_p_over_bound": ratio, "greatest_p_at_positive_n": positive}).groupby(bound["case"])
-    jumps = (
-        tables["jump_crossings"].set_index("form")[["jump", "error"]].set_axis(["greatest", "greatest_error"], axis=1)
-    )
-    resolved = thresholds[thresholds["resolved"]]
-    prices = thresholds[["threshold", "greatest_price", "root_price"]].quantile([0.1, 0.5, 0.9, 1.0])
+    smooth = tables["gradient"].query("not crossing")
+    error = smooth["error"].abs() / smooth["difference"].abs().clip(lower=1e-3)
+    jumps = tables["jump_crossings"].groupby("form")[["jump", "error"]].agg(lambda values: values.abs().max())
+    quantiles = prices[["threshold", "greatest_price", "root_price"]].quantile([0.1, 0.5, 0.9, 1.0])
+    resolved = prices[prices["resolved"]]
+    ranks = resolved["threshold"].corr(resolved["greatest_price"], "spearman")
+    shares = {"rank_correlation_where_resolved": ranks, "resolved": prices["resolved"].mean()}
     return {
         "optimum": {
             "relative_gap_of_bracket": 1 - optimum["lower"].sum() / optimum["upper"].sum(),
@@ -74,15 +72,9 @@ def summarise(tables: dict[str, pd.DataFrame]) -> dict:
         "penalty_bound": bound.max().to_dict("index"),
         "augmentation": {"greatest_difference": tables["augmentation"].eval("does_not - sees_z").abs().max()},
         "gradient": {"greatest_relative_error": error.groupby(smooth["form"], sort=False).max().to_dict()},
-        "jump": jumps.abs().groupby("form").max().to_dict("index"),
+        "jump": jumps.set_axis(["greatest", "greatest_error"], axis=1).to_dict("index"),
         "mean_is_not_enough": optimum["soft_on_average_violation"].agg(["min", "median", "mean", "max"]).to_dict(),
-        "exact_penalty": {
-            **prices.to_dict("list"),
-            "rank_correlation_where_resolved": resolved["threshold"].corr(
-                resolved["greatest_price"], method="spearman"
-            ),
-            "resolved": thresholds["resolved"].mean(),
-        },
+        "exact_penalty": quantiles.to_dict("list") | shares,
     }
 
 

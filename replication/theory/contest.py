@@ -1,11 +1,13 @@
 """Learners against the exact optimum: tuned alike on trees of their own, judged on held-out trees."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from cmdp.statistics import bootstrap
+from cmdp.statistics import bootstrap, bounds
 from replication.theory import LEARNERS
 from replication.theory.learners import learn
 from replication.theory.trees import Trees, generator, make_trees, outcome
@@ -13,11 +15,9 @@ from replication.theory.trees import Trees, generator, make_trees, outcome
 
 def trials(parameters: dict, method: str) -> np.ndarray:
     """(strength, learning rate) of each trial, (C, 2): as many for every method."""
-    settings = parameters["learners"]
-    default = settings["strengths"]["default"] if LEARNERS[method][1] else [0.0]
-    strengths = settings["strengths"].get(method, default)
-    rates = settings["learning_rates"][str(len(strengths))]
-    return np.array([(strength, rate) for strength in strengths for rate in rates])
+    settings, given = parameters["learners"], parameters["learners"]["strengths"]
+    strengths = given.get(method, given["default"]) if LEARNERS[method][1] else [0.0]
+    return np.array([*itertools.product(strengths, settings["learning_rates"][str(len(strengths))])])
 
 
 def trained(
@@ -25,21 +25,19 @@ def trained(
 ) -> pd.DataFrame:
     """Train a student for every trial (C, 2) with its budget (C,) on every tree: outcomes, one row per trial and tree.
 
-    Args:
-        variant: `steps`, `samples` and `start_noise`, the deviation of the start's logits from the teacher's.
-        streams: of random numbers: for the students' start, the same for every method, and for the samples.
+    `variant` has `steps`, `samples` and `start_noise`, the deviation of the start's logits from the teacher's. Of the
+    two `streams` of random numbers one is for the students' start, the same for every method, one for the samples.
     """
-    number, count = len(trees.reward), len(trials)
+    number, count, sizes = len(trees.reward), len(trials), parameters["learners"] | variant
     noise, source = (generator(parameters, stream) for stream in streams)
     noise = torch.randn(trees.teacher.shape, generator=noise, dtype=torch.float64)
     start = (trees.teacher + variant["start_noise"] * noise).repeat_interleave(count, 0)
     many, limits = trees.repeat(count), budgets.repeat(number)
     strength, rate = torch.from_numpy(trials).repeat(number, 1).unbind(1)
-    size = {name: variant[name] for name in ("steps", "samples")}
-    size |= {name: parameters["learners"][name] for name in ("margin", "bins")}
-    logits = learn(many, start, limits, method, strength, rate, generator=source, **size)
-    rows = {"budget": np.repeat(budgets, number), "tree": [*range(number)] * count}
-    rows |= {"strength": np.repeat(trials[:, 0], number), "learning_rate": np.repeat(trials[:, 1], number)}
+    sizes = {name: sizes[name] for name in ("steps", "samples", "margin", "bins")}
+    logits = learn(many, start, limits, method, strength, rate, generator=source, **sizes)
+    rows = {"budget": budgets.repeat_interleave(number), "tree": [*range(number)] * count}
+    rows |= dict(zip(("strength", "learning_rate"), trials.repeat(number, axis=0).T, strict=True))
     found = outcome(many, logits, limits[:, None])
     return pd.DataFrame(rows | {name: value.view(number, -1).T.flatten() for name, value in found.items()})
 
@@ -64,28 +62,25 @@ def contest(parameters: dict) -> dict[str, pd.DataFrame]:
             score = sweep["reward"].where(sweep["violation"] <= settings["allowed"], -1 - sweep["violation"])
             best = score.groupby(sweep["budget"], sort=False).idxmax()
             tables["tuning"][method, name] = sweep.assign(chosen=sweep.index.isin(best))
-            choice = sweep.loc[best, keys].to_numpy()
-            parts = test, choice, budgets, method, variant, (12, 12000 + stream)
-            tables["learners"][method, name] = trained(parameters, *parts)
+            judged = test, sweep.loc[best, keys].to_numpy(), budgets, method, variant, (12, 12000 + stream)
+            tables["learners"][method, name] = trained(parameters, *judged)
     return {name: pd.concat(parts, names=names).reset_index(names) for name, parts in tables.items()}
 
 
 def against_optimum(optimum: pd.DataFrame, judged: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Methods against the exact optimum: means over trees and budgets with 95 % bootstrap intervals over trees.
+    """Methods against the exact optimum, from the tables `optimum` and `learners`: means over trees and budgets with
+    95 % bootstrap intervals over trees.
 
     `of_optimum` is the sum of E[R] over the sum of V(s_0, d) (its attained, lower end): a learner earns more than the
     optimum only by violating. The soft Lagrangian's exact optimum at each tree's own best lambda stands beside the
     learners: no learner of that kind can beat it. `_gain` is the paired difference to gkd-grpo, its learner.
-
-    Args:
-        optimum, judged: the tables `optimum` and `learners` of the study.
     """
-    tables = [judged[["tree", "budget", "method", "variant", "reward", "violation"]]]
+    tables, keys = [judged[["tree", "budget", "method", "variant", "reward", "violation"]]], ["tree", "budget"]
     for name in ("never", "rarely", "on_average"):
         columns = {"reward": optimum[f"soft_{name}"], "violation": optimum[f"soft_{name}_violation"]}
-        columns |= {"method": f"soft optimum, {name.replace('_', ' ')}", "variant": "closed form"}
-        tables.append(optimum[["tree", "budget"]].assign(**columns))
-    both = pd.concat(tables).merge(optimum[["tree", "budget", "lower"]], on=["tree", "budget"])
+        method = f"soft optimum, {name.replace('_', ' ')}"
+        tables.append(optimum[keys].assign(**columns, method=method, variant="closed form"))
+    both = pd.concat(tables).merge(optimum[[*keys, "lower"]], on=keys)
 
     def means(trees: pd.Series) -> np.ndarray:
         """The mean over trees and its resamples, the same for every method: (1 + resamples,)."""
@@ -103,7 +98,6 @@ def against_optimum(optimum: pd.DataFrame, judged: pd.DataFrame, seed: int) -> p
             if baseline := measured.get((variant, "gkd-grpo")):
                 values = values | {f"{name}_gain": values[name] - baseline[name] for name in values}
             for name, value in values.items():
-                low, high = np.quantile(value[1:], [0.025, 0.975])
-                row |= {name: value[0], f"{name}_low": low, f"{name}_high": high}
+                row |= dict(zip((name, f"{name}_low", f"{name}_high"), (value[0], *bounds(value[1:])), strict=True))
             rows.append(row)
     return pd.DataFrame(rows)

@@ -19,7 +19,7 @@ def penalty_bound(parameters: dict) -> dict[str, pd.DataFrame]:
     `any policy`: all policies on a grid that contains the teacher's probabilities. `one parameter`: the soft optima and
     the teacher, a student that cannot change one state alone. `per token`: `two_tokens`, on which the bound is tight.
     """
-    settings = parameters["penalty_bound"]
+    settings, tables = parameters["penalty_bound"], []
     budget, points = settings["budget"], settings["points"]
     # 2 tokens, 2 steps, 3 states; the teacher's probabilities are moved to the nearest points of the grid
     trees = exact.make_trees(parameters, settings["trees"], stream=4, shape=(2, 2, False))
@@ -28,13 +28,11 @@ def penalty_bound(parameters: dict) -> dict[str, pd.DataFrame]:
     trees = trees._replace(teacher=torch.stack([nearest, 1 - nearest], -1).log())
     every = torch.cartesian_prod(grid, grid, grid)  # (P, S)
     policies = torch.stack([every, 1 - every], -1).log().expand(settings["trees"], -1, -1, -1)
-    tilts = exact.make_trees(parameters), np.geomspace(*parameters["soft_lambdas"])
-    tables = []
-    for case, found in (
-        ("any policy", exact.outcomes(trees, policies, budget)),
-        ("one parameter", soft_outcomes(*tilts, budget)),
-        ("per token", two_tokens(settings["per_token"], settings["fine"])),
-    ):
+    lambdas = np.geomspace(*parameters["soft_lambdas"])
+    students = {"any policy": exact.outcomes(trees, policies, budget)}
+    students["one parameter"] = soft_outcomes(exact.make_trees(parameters), lambdas, budget)
+    students["per token"] = two_tokens(settings["per_token"], settings["fine"])
+    for case, found in students.items():
         within, violation = found["within"], found["violation"]  # (N, policies)
         feasible = np.where(violation <= 1e-12, within, -np.inf).max(1)
         for n in settings["penalties"]:
@@ -67,8 +65,8 @@ def augmentation(parameters: dict) -> dict[str, pd.DataFrame]:
     trees = exact.make_trees(parameters, settings["trees"], stream=5, shape=tuple(settings["shape"]))
     grid = exact.budget_grid(parameters, settings["budget"])
     lower, upper = (exact.budgeted_values(trees, grid, bound)[:, 0, -1] for bound in ("lower", "upper"))
-    rng = np.random.default_rng([parameters["seed"], 5])
-    each = (Trees(trees.paths, *pair) for pair in zip(trees.teacher.split(1), trees.reward.split(1), strict=True))
+    rng, each = np.random.default_rng([parameters["seed"], 5]), zip(trees.teacher, trees.reward, strict=True)
+    each = (Trees(trees.paths, teacher[None], reward[None]) for teacher, reward in each)
     unaware = [without_budget(tree, grid[-1], settings["starts"], rng) for tree in each]
     columns = {"tree": range(len(lower)), "sees_z": lower, "sees_z_upper": upper, "does_not": unaware}
     return {"augmentation": pd.DataFrame(columns)}
@@ -86,38 +84,31 @@ def without_budget(tree: Trees, budget: float, starts: int, rng: np.random.Gener
     def slopes(x: np.ndarray) -> Tensor:
         return torch.autograd.functional.jacobian(both, torch.from_numpy(x), vectorize=True)
 
-    best = 0.0
+    best, options = 0.0, {"maxiter": 300, "ftol": 1e-10}
+    goal = {"fun": lambda x: -both(x)[0], "jac": lambda x: -slopes(x)[0]}
+    kept = {"type": "ineq", "fun": lambda x: both(x)[1:], "jac": lambda x: slopes(x)[1:]}
     for _ in range(starts):
-        found = minimize(
-            lambda x: -both(x)[0],
-            (tree.teacher.numpy() + 0.3 * rng.standard_normal(shape)).ravel(),
-            jac=lambda x: -slopes(x)[0],
-            method="SLSQP",
-            constraints={"type": "ineq", "fun": lambda x: both(x)[1:], "jac": lambda x: slopes(x)[1:]},
-            options={"maxiter": 300, "ftol": 1e-10},
-        )
+        start = (tree.teacher.numpy() + 0.3 * rng.standard_normal(shape)).ravel()
+        found = minimize(x0=start, method="SLSQP", constraints=kept, options=options, **goal)
         reward, *slack = both(found.x).tolist()
-        if min(slack) >= -1e-6:
-            best = max(best, reward)
+        best = max(best, reward) if min(slack) >= -1e-6 else best
     return best
 
 
 def gradient(parameters: dict) -> dict[str, pd.DataFrame]:
     """Section 4 (c): the formula against central differences in random directions, at random policies."""
     settings, tables = parameters["gradient"], []
-    trees, source = exact.make_trees(parameters, settings["trees"], stream=6), exact.generator(parameters, 7)
-    noise = torch.randn(2, *trees.teacher.shape, generator=source, dtype=torch.float64)
-    logits, direction = trees.teacher + noise[0], noise[1]
     budget, step = settings["budget"], settings["step"]
-    strengths = {"lam": settings["lambda"], "penalty": settings["penalty"]}
-    ends = logits + step * direction, logits - step * direction
-    before, after = (exact.over_budget(trees, end, budget).flatten(1) for end in ends)
+    trees, source = exact.make_trees(parameters, settings["trees"], stream=6), exact.generator(parameters, 7)
+    noise, direction = torch.randn(2, *trees.teacher.shape, generator=source, dtype=torch.float64)
+    policies = [trees.teacher + noise + shift * direction for shift in (step, -step, 0.0)]
+    before, after = (exact.over_budget(trees, end, budget).flatten(1) for end in policies[:2])
     for form in FORMS:
-        (ahead, _), (behind, _), (_, slope) = (
-            exact.modified_objective(trees, policy, budget, form, **strengths) for policy in (*ends, logits)
-        )
+        strengths = {"form": form, "lam": settings["lambda"], "penalty": settings["penalty"]}
+        found = [exact.modified_objective(trees, policy, budget, **strengths) for policy in policies]
+        (ahead, _), (behind, _), (_, slope) = found
         formula, difference = (slope * direction).sum((1, 2)), (ahead - behind) / (2 * step)
-        columns = {"form": form, "tree": range(len(logits)), "formula": formula, "difference": difference}
+        columns = {"form": form, "tree": range(len(slope)), "formula": formula, "difference": difference}
         columns |= {"error": formula - difference, "crossing": (before != after).any(1)}
         tables.append(pd.DataFrame(columns))
     return {"gradient": pd.concat(tables)}
@@ -133,8 +124,7 @@ def jump(parameters: dict) -> dict[str, pd.DataFrame]:
         logits = torch.lerp(tree.teacher, target, torch.from_numpy(position)[:, None, None])
         return tree.repeat(len(position)), logits, settings["budget"]
 
-    position = np.linspace(0, 1, settings["points"])
-    line = {"position": position}
+    line = {"position": (position := np.linspace(0, 1, settings["points"]))}
     for form in FORMS:
         value, slope = exact.modified_objective(*along(position), form, lam=lam)
         slope = (slope * (target - tree.teacher)).sum((1, 2)).numpy()
@@ -151,8 +141,7 @@ def jump(parameters: dict) -> dict[str, pd.DataFrame]:
             left, right = (middle, right) if torch.equal(before, there) else (left, middle)
         ends = along(np.array([left, right]))
         seq, (before, after) = exact.sequences(*ends[:2]), exact.over_budget(*ends)
-        # a sequence that crosses forfeits R (not in the hinge form); section 3's form also charges lam Phi of the whole
-        # crossing step: the step's cost, not its excess over the budget
+        # a crossing forfeits R (not in the hinge form); section 3's form also charges lam times that step's cost
         crossed = after & ~before
         lost = {"overshoot": tree.reward[0] * crossed[:, -1], "hinge": torch.zeros(1)}
         lost["exhausted"] = lost["overshoot"] + lam * (crossed * seq.cost[1]).sum(-1)
@@ -160,8 +149,8 @@ def jump(parameters: dict) -> dict[str, pd.DataFrame]:
             below, above = exact.modified_objective(*ends, form, lam=lam)[0].tolist()
             expected = -float((seq.prob[1] * lost[form]).sum())
             rows.append((form, left, above - below, expected, above - below - expected))
-    columns = ["form", "position", "jump", "expected", "error"]
-    return {"jump_line": pd.DataFrame(line), "jump_crossings": pd.DataFrame(rows, columns=columns)}
+    crossings = pd.DataFrame(rows, columns=["form", "position", "jump", "expected", "error"])
+    return {"jump_line": pd.DataFrame(line), "jump_crossings": crossings}
 
 
 def exact_penalty(parameters: dict) -> dict[str, pd.DataFrame]:

@@ -74,40 +74,37 @@ def learn(
     bins: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Train one student per row and return their logits, (N, S, V).
+    """Train one student per row from the logits `start` and return their logits, (N, S, V).
 
     Args:
-        start: the students' logits before distillation, (N, S, V).
         budget: d; strength: of the parameter that `LEARNERS` names; learning_rate: Adam's, falling linearly to 0; (N,).
         samples: G sequences per row and step; 0 for the exact gradient.
         margin: methods named so aim at (1 - margin) d.
         bins: the number of values of z that `saute-augmented` distinguishes.
 
-    Raises:
-        ValueError: an unknown method.
+    Raises `ValueError` for an unknown method.
     """
     if method not in LEARNERS:
         raise ValueError(f"A learner is one of {tuple(LEARNERS)}, not {method!r}.")
     number, depth = len(budget), trees.paths.state.shape[1]
     rows, everything = torch.arange(number)[:, None], torch.arange(len(trees.paths.state)).expand(number, -1)
     table = start[:, :, None].repeat(1, 1, bins if method == "saute-augmented" else 1, 1)
-    momentum, scale = torch.zeros_like(table), torch.zeros_like(table)
+    momentum, scale, none = torch.zeros_like(table), torch.zeros_like(table), torch.zeros_like(budget)
     worst_case = method == "worst-case"
-    aim = budget * (1 - margin) if method.endswith("-margin") else torch.zeros_like(budget) if worst_case else budget
-    own = torch.zeros_like(budget) if method == "dual" else strength
+    aim = budget * (1 - margin) if method.endswith("-margin") else none if worst_case else budget
+    own = none if method == "dual" else strength
     for step in range(steps):
         table.requires_grad_()
         policy = see_budget(trees, table, budget)
         logp, cost, prob = sequences(trees, policy)
-        prob = prob.detach()
+        drawn, weight = everything, prob.detach()
         if samples:
-            drawn = torch.multinomial(prob, samples, replacement=True, generator=generator)  # (N, G)
-            weight, logp, cost = torch.full_like(prob[:, :1], 1 / samples), logp[rows, drawn], cost[rows, drawn]
-        else:
-            drawn, weight = everything, prob
-        group = drawn.shape[1]
-        mask, reward = trees.paths.mask[drawn].view(-1, depth), trees.reward.gather(1, drawn).flatten()
-        logp, cost = logp.reshape(-1, depth), cost.reshape(-1, depth)
+            drawn = torch.multinomial(weight, samples, replacement=True, generator=generator)  # (N, G)
+            weight = torch.full_like(weight[:, :1], 1 / samples)
+        group, reward = drawn.shape[1], trees.reward.gather(1, drawn).flatten()
+        logp, cost, mask = (
+            x.reshape(-1, depth) for x in (logp[rows, drawn], cost[rows, drawn], trees.paths.mask[drawn])
+        )
         phi = (cost - (budget / depth).repeat_interleave(group)[:, None]).clamp(min=0) if worst_case else cost
         each = (x.repeat_interleave(group) for x in (aim, own))
         returns, phi_weight = signal(method, reward, phi.detach(), mask, *each)
@@ -115,14 +112,12 @@ def learn(
             index = (trees.paths.state * policy.shape[-1] + trees.paths.action)[drawn].flatten(1)
             teacher = trees.teacher.flatten(1).gather(1, index).view(-1, depth)
             phi = sampled_divergence(logp, torch.where(mask != 0, teacher, 0.0), "k2")
-        if returns.dim() == 2:  # per token, without a baseline
-            credit = (returns * logp).sum(1)
-        elif samples:
-            credit = group_advantages(returns, samples) * logp.sum(1)
-        else:
+        if returns.dim() == 1 and samples:
+            returns = group_advantages(returns, samples)[:, None]
+        elif returns.dim() == 1:  # with all sequences at hand the baseline is the mean itself
             returns = returns.view(number, group)
-            credit = (returns - (weight * returns).sum(1, keepdim=True)).flatten() * logp.sum(1)
-        objective = (weight * (credit - (phi_weight * phi).sum(1)).view(number, group)).sum()
+            returns = (returns - (weight * returns).sum(1, keepdim=True)).view(-1, 1)
+        objective = (weight * (returns * logp - phi_weight * phi).sum(1).view(number, group)).sum()
         (gradient,) = torch.autograd.grad(objective, table)
 
         # Adam, with a learning rate per row

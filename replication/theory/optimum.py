@@ -1,11 +1,9 @@
 """The exact optimum under the budget beside the soft Lagrangian's (method, section 5)."""
 
-import time
-import tracemalloc
-
 import numpy as np
 import pandas as pd
 import torch
+from scipy.optimize import brentq
 
 from replication.theory import trees as exact
 
@@ -26,10 +24,9 @@ def optimum(parameters: dict) -> dict[str, pd.DataFrame]:
         columns["unlimited"] = exact.soft_optimum(trees, 1e-9)[0][:, 0]
         tables.append(pd.DataFrame(columns | best_soft(trees, budget, lambdas)))
 
-    points = parameters["frontier"]
-    grid = exact.budget_grid(parameters, points["limit"])
+    grid = exact.budget_grid(parameters, parameters["frontier"]["limit"])
     values = exact.budgeted_values(trees, grid)[:, 0].mean(0)
-    chosen = np.linspace(0, len(grid) - 1, points["points"]).astype(int)[1:]
+    chosen = np.linspace(0, len(grid) - 1, parameters["frontier"]["points"]).astype(int)[1:]
     soft = pd.DataFrame([pd.DataFrame(best_soft(trees, budget, lambdas)).mean() for budget in grid[chosen]])
     frontier = pd.DataFrame({"budget": grid[chosen], "optimum": values[chosen]}).join(soft)
     return {"optimum": pd.concat(tables), "frontier": frontier}
@@ -38,8 +35,7 @@ def optimum(parameters: dict) -> dict[str, pd.DataFrame]:
 def soft_outcomes(trees: exact.Trees, lambdas: np.ndarray, budget: float) -> dict[str, np.ndarray]:
     """`outcomes` of the soft optimum at each lambda, and of the teacher, which stands last: (N, len(lambdas) + 1)."""
     number, count = len(trees.reward), len(lambdas)
-    _, policies = exact.soft_optimum(trees.repeat(count), np.tile(lambdas, number))
-    policies = policies.view(number, count, *policies.shape[1:])
+    policies = exact.soft_optimum(trees.repeat(count), np.tile(lambdas, number))[1].unflatten(0, (number, count))
     return exact.outcomes(trees, torch.cat([policies, trees.teacher[:, None]], 1), budget)
 
 
@@ -49,16 +45,14 @@ def best_soft(trees: exact.Trees, budget: float, lambdas: np.ndarray) -> dict[st
     The constraint is read in three ways: `never` (no sequence violates), `rarely` (with probability 5 % at most) and
     `on_average` (E[C] <= d). The teacher (lambda infinite) is always admissible.
     """
-    found = soft_outcomes(trees, lambdas, budget)
-    result = {}
+    found, result = soft_outcomes(trees, lambdas, budget), {}
     for name, admissible in (
         ("never", found["violation"] <= 1e-12),
         ("rarely", found["violation"] <= 0.05),
         ("on_average", found["cost"] <= budget),
     ):
-        best = np.where(admissible, found["reward"], -np.inf).argmax(1)[:, None]
-        result[f"soft_{name}"] = np.take_along_axis(found["reward"], best, 1)[:, 0]
-        result[f"soft_{name}_violation"] = np.take_along_axis(found["violation"], best, 1)[:, 0]
+        best = np.arange(len(trees.reward)), np.where(admissible, found["reward"], -np.inf).argmax(1)
+        result |= {f"soft_{name}": found["reward"][best], f"soft_{name}_violation": found["violation"][best]}
     return result
 
 
@@ -75,44 +69,25 @@ def refinement(parameters: dict) -> dict[str, pd.DataFrame]:
     return {"refinement": pd.concat(tables)}
 
 
-def timing(parameters: dict) -> dict[str, pd.DataFrame]:
-    """Seconds and peak memory of one dynamic program as V, H and the grid grow. This table differs between runs."""
-    rows = []
-    for vocab, depth, levels in parameters["timing"]:
-        trees = exact.make_trees(parameters, 1, stream=3, shape=(vocab, depth, False))
-        grid = exact.budget_grid(parameters, parameters["budgets"][-1], levels)
-        tracemalloc.start()  # NumPy's few and large allocations make this next to free
-        start = time.perf_counter()
-        exact.budgeted_values(trees, grid)
-        seconds = time.perf_counter() - start
-        peak = tracemalloc.get_traced_memory()[1] / 2**20
-        tracemalloc.stop()
-        rows.append((vocab, depth, levels, len(trees.paths.child), len(trees.paths.state), seconds, peak))
-    columns = ["vocab", "depth", "levels", "states", "sequences", "seconds", "peak_mib"]
-    return {"timing": pd.DataFrame(rows, columns=columns)}
-
-
 def example(parameters: dict) -> dict[str, pd.DataFrame]:
     """One small tree, token by token, under the budgeted and the soft optimum of equal mean cost."""
     settings = parameters["example"]
     tree = exact.make_trees(parameters, 1, stream=settings["stream"], shape=tuple(settings["shape"]))
-    budget, vocab = settings["budget"], settings["shape"][0]
+    budget, on, child = settings["budget"], tree.paths.mask != 0, tree.paths.child.flatten().numpy()
     grid = exact.budget_grid(parameters, budget)
     budgeted, _ = exact.budgeted_policy(tree, grid, exact.budgeted_values(tree, grid), len(grid) - 1)
-    mean = exact.outcome(tree, budgeted, budget)["cost"]
-    low, high = 1e-3, 1e3
-    while high / low > 1 + 1e-9:  # E[C] falls in lambda
-        middle = (low * high) ** 0.5
-        cost = exact.outcome(tree, exact.soft_optimum(tree, middle)[1], budget)["cost"]
-        low, high = (middle, high) if cost > mean else (low, middle)
-    tables, child = [], tree.paths.child.flatten().numpy()
-    for name, logits in (("budgeted", budgeted), ("soft", exact.soft_optimum(tree, high)[1])):
-        on, spent = tree.paths.mask != 0, np.empty(len(tree.paths.depth))
+
+    def cost(logits: torch.Tensor) -> float:
+        return exact.outcome(tree, logits, budget)["cost"].item()
+
+    mean = cost(budgeted)
+    lam = np.exp(brentq(lambda log: cost(exact.soft_optimum(tree, np.exp(log))[1]) - mean, -7, 7))
+    tables, (state, token) = [], np.indices(tree.paths.child.shape).reshape(2, -1)
+    for name, logits in (("budgeted", budgeted), ("soft", exact.soft_optimum(tree, lam)[1])):
+        spent = np.empty(len(tree.paths.depth))
         spent[tree.paths.state[on]] = exact.sequences(tree, logits).cost[0].cumsum(-1)[on]
-        each = {"state": np.arange(len(spent)), "depth": tree.paths.depth}  # by state, then by token
-        columns = {"policy": name} | {column: np.repeat(value, vocab) for column, value in each.items()}
-        columns |= {"token": np.tile(np.arange(vocab), len(spent)), "child": child}
-        columns |= {"probability": logits.softmax(-1).flatten(), "spent": np.repeat(spent, vocab)}
+        columns = {"policy": name, "state": state, "depth": tree.paths.depth[state], "token": token, "child": child}
+        columns |= {"probability": logits.softmax(-1).flatten(), "spent": spent[state]}
         columns["reward"] = np.where(child < 0, tree.reward[0].numpy()[-1 - child], np.nan)
         tables.append(pd.DataFrame(columns))
     return {"example": pd.concat(tables).assign(budget=budget)}

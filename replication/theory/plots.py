@@ -63,6 +63,7 @@ def frontier(results: Path) -> plt.Figure:
     """V(s_0, d), the soft Lagrangian's frontiers, and every sampled learner, to the right of its budget."""
     curve, rows = (pd.read_csv(results / f"{name}.csv") for name in ("frontier", "against_optimum"))
     optimum = pd.read_csv(results / "optimum.csv").groupby("budget")["lower"].mean()
+    last = curve["budget"].iloc[-1] + 0.005
     figure, axis = plt.subplots(figsize=(7.8, 4.8))
     for name, label, colour, dash, width in (
         ("optimum", "budgeted optimum V(s₀, d)", "black", "-", 2),
@@ -71,26 +72,24 @@ def frontier(results: Path) -> plt.Figure:
         ("soft_on_average", "best soft λ: E[C] ≤ d", GREY, ":", 1.3),
     ):
         axis.plot(curve["budget"], curve[name], color=colour, ls=dash, lw=width)
-        end = curve["budget"].iloc[-1] + 0.005, curve[name].iloc[-1]
-        axis.text(*end, label, va="center", fontsize=8.5, color=colour)
+        axis.annotate(label, (last, curve[name].iloc[-1]), va="center", fontsize=8.5, color=colour)
     rows = rows[(rows["budget"] != "all") & (rows["variant"] == "sampled")].astype({"budget": float})
     shown = ("cmdp-hinge-margin", "cmdp-overshoot-margin", "dual", "worst-case", "gkd-grpo", "cmdp")
-    looks = zip(shown, "osvP^D", (BLUE, GREEN, PURPLE, BROWN, ORANGE, RED), strict=True)
-    others = ("others (grpo is far above)", "x", GREY)
-    for column, (method, marker, colour) in enumerate((*looks, others)):
-        part = rows[rows["method"] == method] if method in shown else rows[~rows["method"].isin(shown)]
+    labels = *shown, "others (grpo is far above)"
+    looks = zip(labels, "osvP^Dx", (BLUE, GREEN, PURPLE, BROWN, ORANGE, RED, GREY), strict=True)
+    drawn = rows["method"].where(rows["method"].isin(shown), labels[-1])
+    for column, (label, marker, colour) in enumerate(looks):
+        part = rows[drawn == label]
         at, reward = part["budget"] + 0.008 * column, part["of_optimum"] * part["budget"].map(optimum)
         kept = part["csr"] >= 0.99
-        style = {"color": colour, "ls": "", "marker": marker, "ms": 6 if method in shown else 4}
-        axis.plot(at[kept], reward[kept], label=method, **style)
+        style = {"color": colour, "ls": "", "marker": marker, "ms": 6 if label in shown else 4}
+        axis.plot(at[kept], reward[kept], label=label, **style)
         axis.plot(at[~kept], reward[~kept], mfc="white", **style)
     for budget in optimum.index:
         axis.axvspan(budget, budget + 0.054, color="0.95", zorder=0)
     axis.plot([], [], "o", color="black", mfc="white", label="hollow: over 1 % violate")
-    axis.set(
-        xlabel="budget d (nats per trajectory); a band holds the learners of the d at its left edge", ylabel="E[R]"
-    )
-    axis.set(xlim=(0, None), ylim=(None, curve["soft_on_average"].max() + 0.03))  # only grpo is above
+    axis.set(xlabel="budget d (nats per trajectory); a band holds the learners of the d at its left edge")
+    axis.set(ylabel="E[R]", xlim=(0, None), ylim=(None, curve["soft_on_average"].max() + 0.03))  # only grpo is above
     axis.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1.25, 0))
     return figure
 
@@ -160,14 +159,15 @@ def exact_penalty(results: Path) -> plt.Figure:
         positive, part = mean[budget][mean[budget] > 1e-9], found[found["budget"] == budget]
         left.plot(positive, marker, ls=dash, ms=4, color=colour, label=f"d = {budget:g}")
         right.plot(part["greatest_price"], part["threshold"], marker, ms=4, color=colour, mfc="none")
-    left.set(xlabel="λ", ylabel=r"max $\tilde{J}$ − V(s₀, d)  (zeros not drawn)", xscale="log", yscale="log")
     right.axline((1, 1), (10, 10), color="black", lw=0.8, label="equal")
-    right.set(xlabel="greatest price of a nat, max 1/η(s)", ylabel="least sufficient λ", xscale="log", yscale="log")
+    for axis in (left, right):
+        axis.set(xscale="log", yscale="log")
+        axis.legend(fontsize=8, frameon=False)
+    left.set(xlabel="λ", ylabel=r"max $\tilde{J}$ − V(s₀, d)  (zeros not drawn)")
+    right.set(xlabel="greatest price of a nat, max 1/η(s)", ylabel="least sufficient λ")
     right.set(xticks=[1, 3, 10, 30], yticks=[1, 3, 10, 30])
     for axis in (left.xaxis, right.xaxis, right.yaxis):
         axis.set_major_formatter("{x:g}")
-    left.legend(fontsize=8, frameon=False)
-    right.legend(fontsize=8, frameon=False)
     return figure
 
 

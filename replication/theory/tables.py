@@ -7,8 +7,6 @@ import pandas as pd
 
 from replication.theory import OURS
 
-MEASURES = {"of_optimum": "reward / optimum", "csr": "CSR"}
-
 
 def summary(results: Path, part: str) -> dict:
     """One part of the numbers in summary.json."""
@@ -21,7 +19,7 @@ def numbers(results: Path, part: str) -> pd.DataFrame:
     if not all(isinstance(x, dict) for x in found.values()):
         found = {part: {name: x for name, x in found.items() if isinstance(x, float)}}
     table = pd.DataFrame.from_dict(found, orient="index").map("{:.3g}".format)
-    return table.rename(lambda name: name.replace("_", " ")).rename(columns=lambda name: name.replace("_", " "))
+    return table.set_axis(table.index.str.replace("_", " ")).set_axis(table.columns.str.replace("_", " "), axis=1)
 
 
 def bracket(results: Path) -> pd.DataFrame:
@@ -66,8 +64,9 @@ def learners(results: Path) -> pd.DataFrame:
     """Reward relative to the optimum and CSR; for cmdp, our forms and worst-case also the paired gain over gkd-grpo."""
     table = sampled_learners(results)
     compared = table[table.index.isin(["cmdp", "worst-case", *OURS])]
-    columns = {f"{name} (%)": percent(table, measure) for measure, name in MEASURES.items()}
-    columns |= {f"gain in {name} (points)": percent(compared, f"{measure}_gain") for measure, name in MEASURES.items()}
+    columns = {"reward / optimum (%)": percent(table, "of_optimum"), "CSR (%)": percent(table, "csr")}
+    columns["gain in reward / optimum (points)"] = percent(compared, "of_optimum_gain")
+    columns["gain in CSR (points)"] = percent(compared, "csr_gain")
     return pd.DataFrame(columns).loc[table.index].fillna("")
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from cmdp.divergence import divergence_from_logits
@@ -53,10 +54,9 @@ class Sequences(NamedTuple):
 
 def enumerate_paths(vocab: int, depth: int, eos: bool = True) -> Paths:
     """Every prefix and every sequence of at most `depth` tokens; with `eos`, token V - 1 ends a sequence early."""
-    child, level, ends = [], [], []
+    child, ends = [], []
     prefixes: list[tuple[tuple[int, int, int], ...]] = [()]
     for state, prefix in enumerate(prefixes):  # grows while it is read: breadth first
-        level.append(len(prefix))
         child.append([])
         for action in range(vocab):
             longer = (*prefix, (state, action, 1))
@@ -66,17 +66,12 @@ def enumerate_paths(vocab: int, depth: int, eos: bool = True) -> Paths:
     steps = torch.zeros(len(ends), depth, 3, dtype=torch.long)
     for row, path in enumerate(ends):
         steps[row, : len(path)] = torch.tensor(path)
-    return Paths(torch.tensor(child), torch.tensor(level), *steps.unbind(-1))
+    return Paths(torch.tensor(child), torch.tensor([len(prefix) for prefix in prefixes]), *steps.unbind(-1))
 
 
-def make_trees(parameters: dict, number: int = 0, stream: int = 1, shape: tuple[int, int, bool] | tuple = ()) -> Trees:
+def make_trees(parameters: dict, number: int = 0, stream: int = 1, shape: tuple | list = ()) -> Trees:
     """Random trees: teacher logits ~ N(0, sharpness^2); a sequence has R = 1 with probability `success`, else 0. By
-    default the held-out trees, on which the optimum is computed and the learners are judged.
-
-    Args:
-        stream: of the random numbers; streams are independent of each other.
-        shape: as for `enumerate_paths`.
-    """
+    default the held-out trees, which judge the learners. `stream`: of random numbers; `shape`: as `enumerate_paths`."""
     tree, source = parameters["tree"], generator(parameters, stream)
     number = number or parameters["learners"]["test_trees"]
     paths = enumerate_paths(*(shape or (tree["vocab"], tree["depth"])))
@@ -106,18 +101,15 @@ def sequences(trees: Trees, logits: Tensor) -> Sequences:
     return Sequences(logp, cost, logp.sum(-1).exp())
 
 
-def outcome(trees: Trees, logits: Tensor, budget: float | Tensor, tolerance: float = 1e-9) -> dict[str, Tensor]:
+def outcome(trees: Trees, logits: Tensor, budget: float | Tensor) -> dict[str, Tensor]:
     """Exact reward and cost of one policy per tree, (N,): E[R], P(C > d), E[R 1{C <= d}], E[C], max C over reachable
     sequences, E[max(0, C - d)], and c(s_1), the cost of the first token.
 
-    Args:
-        budget: d, a number, (N, 1), or (N, L) if it differs between sequences.
-        tolerance: an excess up to this many nats counts as rounding.
+    The budget d is a number, (N, 1) or, if it differs between sequences, (N, L); up to 1e-9 nats over it is rounding.
     """
-    seq = sequences(trees, logits)
-    prob, total = seq.prob, seq.cost.sum(-1)
-    over = total > budget + tolerance
-    reward = prob * trees.reward
+    _, cost, prob = sequences(trees, logits)
+    total, reward = cost.sum(-1), prob * trees.reward
+    over = total > budget + 1e-9
     return {
         "reward": reward.sum(1),
         "violation": (prob * over).sum(1),
@@ -125,7 +117,7 @@ def outcome(trees: Trees, logits: Tensor, budget: float | Tensor, tolerance: flo
         "cost": (prob * total.nan_to_num(posinf=0.0)).sum(1),
         "worst": total.masked_fill(prob == 0, 0.0).amax(1),
         "excess": (prob * (total - budget).clamp(min=0).nan_to_num(posinf=0.0)).sum(1),
-        "first": seq.cost[:, 0, 0],
+        "first": cost[:, 0, 0],
     }
 
 
@@ -136,27 +128,25 @@ def outcomes(trees: Trees, policies: Tensor, budget: float | Tensor) -> dict[str
 
 
 def over_budget(trees: Trees, logits: Tensor, budget: float) -> Tensor:
-    """Whether the budget is exceeded once each step is paid, (N, L, H)."""
+    """Whether C_t > d at each step, (N, L, H)."""
     return sequences(trees, logits).cost.cumsum(-1) > budget
 
 
-def modified_objective(
-    trees: Trees, logits: Tensor, budget: float | Tensor, form: str, **strengths: float
-) -> tuple[Tensor, Tensor]:
+def modified_objective(trees: Trees, logits: Tensor, budget: float, form: str, **strengths) -> tuple[Tensor, Tensor]:
     """J~ = E[sum_t r~_t] by enumeration (section 4), (N,), and its gradient by the formula of section 4 (c), the
     long-term part with returns to go, (N, S, V)."""
     logits = logits.detach().requires_grad_()
     seq = sequences(trees, logits)
     prob, cost, mask = seq.prob.detach(), seq.cost.detach(), trees.paths.mask.repeat(len(logits), 1)
-    budget = torch.as_tensor(budget, dtype=cost.dtype).expand(prob.shape).flatten()
-    parts = modified_reward(trees.reward.flatten(), cost.flatten(0, 1), mask, budget, form=form, **strengths)
+    limit = torch.full((prob.numel(),), budget, dtype=cost.dtype)
+    parts = modified_reward(trees.reward.flatten(), cost.flatten(0, 1), mask, limit, form=form, **strengths)
     to_go = parts.reward.flip(1).cumsum(1).flip(1).view(cost.shape)
     surrogate = seq.logp * to_go - seq.cost * parts.weight.view(cost.shape)
     (prob * surrogate.sum(-1)).sum().backward()
     return (prob * parts.total.view(prob.shape)).sum(1), logits.grad
 
 
-def soft_optimum(trees: Trees, lam: float | Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
+def soft_optimum(trees: Trees, lam: ArrayLike) -> tuple[Tensor, Tensor]:
     """The soft Lagrangian's optimum for lambda, a number or (N,) (section 5): max E[R] - lam E[C] from each state on,
     V(s) = lam log sum_a pi_T(a) exp(V(s a) / lam), (N, S), and the policy that attains it, logits (N, S, V)."""
     lam = torch.as_tensor(lam, dtype=torch.float64).reshape(-1, 1, 1)
@@ -168,23 +158,20 @@ def soft_optimum(trees: Trees, lam: float | Tensor | np.ndarray) -> tuple[Tensor
     return values[:, : trees.teacher.shape[1]], trees.teacher + values[:, trees.paths.child] / lam
 
 
-def tilt(
-    teacher: np.ndarray, values: np.ndarray, kappa: np.ndarray, steps: int = 12
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def tilt(teacher: np.ndarray, values: np.ndarray, kappa: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """max over pi with KL(pi || pi_T) <= kappa of sum_a pi(a) v(a), many problems at once (section 5).
 
     The maximiser is pi ~ pi_T exp(eta v) with KL = kappa. eta is found by Newton's method inside a bracket, on
     sqrt(2 KL) for small kappa and else on the logit of KL / max KL: each is nearly linear in eta there.
 
     Args:
-        teacher: pi_T, (V, ...); values: v, (V, ...); kappa: nats, (...). They broadcast.
+        values: v, (V, ...). The teacher's pi_T, (V, ...), and kappa in nats, (...), broadcast to it.
 
     Returns:
         A policy with KL <= kappa, (V, ...), what it earns, and an upper bound on what any such policy earns, the dual
         (log E_T exp(eta v) + kappa) / eta, (...). They hold however far Newton got.
     """
-    teacher, values, kappa = np.broadcast_arrays(teacher, values, kappa)
-    kappa = kappa[0]
+    kappa = np.broadcast_to(kappa, values.shape[1:])
     low, spread = values.min(0), np.ptp(values, axis=0)
     flat = (spread < 1e-14) | (kappa <= 0)
     unit = (values - low) / np.where(spread < 1e-14, 1.0, spread)  # values scaled to [0, 1]
@@ -196,7 +183,7 @@ def tilt(
         mean = (teacher * unit).sum(0)
         eta = np.minimum(root / np.sqrt((teacher * unit**2).sum(0) - mean**2), ETA_MAX)
         eta = np.where(free, ETA_MAX, np.where(np.isfinite(eta), eta, 1.0))
-        for _ in range(steps):
+        for _ in range(12):
             weight = teacher * np.exp(eta * (unit - 1))
             total = weight.sum(0)
             mean = (weight * unit).sum(0) / total
@@ -226,10 +213,8 @@ def _tilted(teacher: np.ndarray, unit: np.ndarray, eta: np.ndarray) -> tuple[np.
     return policy, (policy * (np.log(np.where(policy > 0, policy, 1.0)) - np.log(teacher))).sum(0)
 
 
-def budgeted_values(
-    trees: Trees, grid: np.ndarray, bound: str = "lower", price: float | np.ndarray | None = None
-) -> np.ndarray:
-    """V(s, z) for every state and every budget of `grid` (section 5), by backward recursion: (N, S + L, K).
+def budgeted_values(trees: Trees, grid: np.ndarray, bound: str = "lower", price: ArrayLike | None = None) -> np.ndarray:
+    """V(s, z) by backward recursion (section 5): (N, S + L, K): states, then the ends at -1 - l as in `Paths.child`.
 
     A state that has z_j may leave z_r <= z_j to its children, and spends kappa = z_j - z_r on its own tilt. `lower`
     leaves levels of the grid alone: the value of a policy that exists and never violates. `upper` rounds the remainder
@@ -239,16 +224,13 @@ def budgeted_values(
         grid: budgets in nats, ascending from 0, (K,).
         price: lambda, a number or (N,): solve the hinge form max E[R - lambda max(0, C - z)] instead; beyond the budget
             it is the soft Lagrangian, whose value is known.
-
-    Returns:
-        The S states, then the ends, whose value is R, at -1 - l as in `Paths.child`.
     """
     child, teacher = trees.paths.child.numpy(), trees.teacher.exp().numpy()
     number, states, _ = teacher.shape
     values = np.concatenate([np.zeros((number, states)), trees.reward.flip(1).numpy()], axis=1)
     values = np.repeat(values[:, :, None], len(grid), axis=2)
     if price is not None:
-        price = np.array(np.broadcast_to(price, number))
+        price = np.full(number, price)
         soft, policy = soft_optimum(trees, price)
         soft, soft_spend = soft.numpy(), divergence_from_logits(policy, trees.teacher).numpy()
     for batch in trees.paths.levels():
@@ -257,10 +239,9 @@ def budgeted_values(
             have, leave = np.arange(len(grid)), np.zeros(len(grid), dtype=int)
         first = np.flatnonzero(np.diff(have, prepend=-1))  # where each j begins
         spend = grid[have] - grid[leave if bound == "lower" else np.maximum(leave - 1, 0)]
-        rows = np.indices((number, len(batch))).reshape(2, -1)
-        for part in np.split(rows, range(0, rows.shape[1], max(1, CHUNK // len(have)))[1:], axis=1):
-            n, s = part[0], batch[part[1]]
-            after = np.stack([values[n, end] for end in child[s].T])  # (V, M, K)
+        pairs = np.stack(np.meshgrid(range(number), batch, indexing="ij")).reshape(2, -1)
+        for n, s in np.split(pairs, range(0, pairs.shape[1], max(1, CHUNK // len(have)))[1:], axis=1):
+            after = values[n, child[s].T]  # (V, M, K)
             _, lower, upper = tilt(teacher[n, s].T[:, :, None], after[:, :, leave], spend)
             best = np.maximum.reduceat(lower if bound == "lower" else upper, first, axis=1)
             if price is not None:  # exceed the budget at this very state, where the soft optimum would
@@ -278,19 +259,15 @@ def budgeted_policy(trees: Trees, grid: np.ndarray, values: np.ndarray, level: i
     """
     child, teacher = trees.paths.child.numpy(), trees.teacher.exp().numpy()
     policy, price = np.empty_like(teacher), np.zeros(teacher.shape[:2])
-    has = np.full(price.shape, level)  # z on arrival at each state, as a level of the grid
+    has = np.full(values.shape[:2], level)  # z on arrival, as a level of the grid
     for batch in reversed(trees.paths.levels()):
-        n, b = np.indices((len(teacher), len(batch))).reshape(2, -1)
-        s, row = batch[b], np.arange(len(n))
-        j = has[n, s][:, None]
-        after = np.stack([values[n, end] for end in child[s].T])  # (V, M, K)
+        n, s = np.stack(np.meshgrid(range(len(teacher)), batch, indexing="ij")).reshape(2, -1)
+        row, j, after = np.arange(len(n)), has[n, s][:, None], values[n, child[s].T]  # after: (V, M, K)
         options, earned, _ = tilt(teacher[n, s].T[:, :, None], after, np.maximum(grid[j] - grid, 0.0))
         left = np.where(np.arange(len(grid)) <= j, earned, -np.inf).argmax(1)
         policy[n, s] = options[:, row, left].T
         with np.errstate(divide="ignore", invalid="ignore"):  # log pi / pi_T = eta v + const
             tilted = np.ptp(np.log(policy[n, s] / teacher[n, s]), axis=1)
             price[n, s] = np.nan_to_num(np.ptp(after[:, row, left], axis=0) / tilted, posinf=np.inf)
-        for end in child[s].T:
-            inner = end >= 0
-            has[n[inner], end[inner]] = left[inner]
+        has[n, child[s].T] = left
     return torch.from_numpy(policy).log(), price
