@@ -2,18 +2,20 @@
 
 TRL's `GRPOTrainer` has a reference model as large as the teacher: the price of GRPO with a KL term. TRL's
 `DistillationTrainer` is the price of GKD. All trainers have the same student, teacher, prompts and number of
-completions, all of one length, and take turns in one process, so that other load on the machine falls on all alike.
-Ratios are of steps of one turn.
+completions, all of one length, and take turns in one process, so that other load falls on all alike.
 """
 
+import contextlib
 import copy
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 from datasets import Dataset
 from scipy.stats import bootstrap
 
@@ -23,69 +25,40 @@ from cmdp.models import build_model, build_tokenizer, pick_device
 from cmdp.storage import provenance, write_table
 from replication.experiments import RESULTS
 
-PHASES = ("generation", "scoring", "update", "step")
+TIMED = ("_generate", "_generate_and_score_completions")  # methods of all trainers; the second calls the first
 PROMPT_LENGTH = 16  # tokens
-SIZES = {  # the experiment's own sizes, and a vocabulary large enough for its heads to dominate
-    "default": {
-        "student": {"layers": 2, "hidden": 64, "heads": 4},
-        "teacher": {"layers": 3, "hidden": 96, "heads": 4},
-        "vocabulary": 50,  # words
-        "batch": (64, 2),  # prompts per step, completions per prompt
-        "completion_length": 32,
-        "turns": (45, 2),  # that count, and before them that do not
-        "use_cpu": True,
-    },
-    "large-vocabulary": {
-        "student": {"layers": 4, "hidden": 128, "heads": 4},
-        "teacher": {"layers": 6, "hidden": 256, "heads": 4},
-        "vocabulary": 8000,
-        "batch": (4, 4),
-        "completion_length": 64,
-        "turns": (7, 1),
-        "use_cpu": True,
-    },
-}
+SIZES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
-def benchmark(name: str, results: Path = RESULTS) -> pd.DataFrame:
+def benchmark(name: str, results: Path = RESULTS) -> None:
     """Time the trainers at the sizes `name` and write `results`/benchmark/NAME.csv. Raises `ValueError` if unknown."""
     if name not in SIZES:
         raise ValueError(f"There is no benchmark {name!r}. Benchmarks: {', '.join(SIZES)}.")
-    table = measure(SIZES[name])
-    write_table(table, results / "benchmark" / f"{name}.csv")
-    return table
+    write_table(measure(SIZES[name]), results / "benchmark" / f"{name}.csv")
 
 
 def measure(sizes: dict) -> pd.DataFrame:
-    """Time steps of every trainer at `sizes`, laid out as in `SIZES`.
-
-    Returns:
-        A row per trainer and phase, in seconds, and per ratio of `cmdp` to another: median, min and max over the
-        repeats, the bootstrapped 95 % interval of the median (low, high), library versions and the processor.
-    """
-    (prompts, group), (repeats, warmup) = sizes["batch"], sizes["turns"]
+    """Time steps of every trainer at `sizes`, laid out as in benchmark.yaml: a row per trainer and phase, in seconds,
+    and per ratio of `cmdp` to another's step of the same turn, with median, least and greatest over the turns, the
+    median's bootstrapped 95 % interval (low, high), library versions and the processor."""
+    (prompts, group), (repeats, warmup), turns = sizes["batch"], sizes["turns"], []
     rows = [{"prompt": " ".join([f"w{i}"] * PROMPT_LENGTH)} for i in range(prompts) for _ in range(group)]
-    turns = []
     with TemporaryDirectory() as folder:
         trainers = make_trainers(sizes, rows, folder)
         names = list(trainers)
         for turn in range(warmup + repeats):
             first = turn % len(names)  # no one always follows the same other
             turns.append({name: _step(trainers[name], rows) for name in names[first:] + names[:first]})
-    turns = turns[warmup:]
-
-    measured = {(name, phase): [turn[name][phase] for turn in turns] for name in trainers for phase in PHASES}
-    steps = {name: measured[name, "step"] for name in trainers}
-    steps["slower of TRL's"] = list(map(max, steps["trl-grpo"], steps["trl-distillation"]))
-    for name, theirs in steps.items():
-        if name != "cmdp":
-            measured[f"cmdp / {name}", "step"] = [a / b for a, b in zip(steps["cmdp"], theirs, strict=True)]
-    lines = []
-    for (name, phase), values in measured.items():
-        ends = bootstrap((values,), np.median, method="percentile", rng=0).confidence_interval
-        unit = "ratio" if "/" in name else "seconds"
-        lines.append((name, phase, unit, np.median(values), min(values), max(values), ends.low, ends.high))
-    table = pd.DataFrame(lines, columns=["trainer", "phase", "unit", "median", "min", "max", "low", "high"])
+    seconds = {name: pd.DataFrame([turn[name] for turn in turns[warmup:]]) for name in names}  # a row per turn
+    steps = pd.DataFrame({name: table["step"] for name, table in seconds.items()})
+    steps["slower of TRL's"] = steps[["trl-grpo", "trl-distillation"]].max(axis=1)
+    for name in steps.columns.drop("cmdp"):
+        seconds[f"cmdp / {name}"] = pd.DataFrame({"step": steps["cmdp"] / steps[name]})
+    measured = pd.concat(seconds, axis=1)
+    ends = bootstrap((measured,), np.median, axis=0, method="percentile", rng=0).confidence_interval
+    table = measured.agg(["median", "min", "max"]).T.assign(low=ends.low, high=ends.high)
+    table = table.rename_axis(["trainer", "phase"]).reset_index()
+    table.insert(2, "unit", ["ratio" if "/" in name else "seconds" for name in table["trainer"]])
     libraries = {name: provenance()["libraries"][name] for name in ("torch", "trl")}
     return table.assign(repeats=repeats, **libraries, device=device_name(pick_device(sizes["use_cpu"])))
 
@@ -99,17 +72,10 @@ def make_trainers(sizes: dict, rows: list[dict], folder: str) -> dict:
 
     tokenizer = build_tokenizer([f"w{i}" for i in range(sizes["vocabulary"])])
     student, teacher = (build_model(tokenizer, **sizes[role], seed=0) for role in ("student", "teacher"))
-    common = {
-        "output_dir": folder,
-        "per_device_train_batch_size": len(rows),
-        "max_completion_length": sizes["completion_length"],
-        "generation_kwargs": {"min_new_tokens": sizes["completion_length"]},  # no one ends early
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "use_cpu": sizes["use_cpu"],
-        "seed": 0,
-        "report_to": [],
-    }
+    common = {"output_dir": folder, "use_cpu": sizes["use_cpu"], "bf16": False, "seed": 0, "report_to": []}
+    common |= {"per_device_train_batch_size": len(rows), "gradient_checkpointing": False}
+    common["max_completion_length"] = sizes["completion_length"]
+    common["generation_kwargs"] = {"min_new_tokens": sizes["completion_length"]}  # no one ends early
     grpo = {**common, "num_generations": sizes["batch"][1], "loss_type": "dapo"}
     data = {"train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
 
@@ -133,38 +99,31 @@ def make_trainers(sizes: dict, rows: list[dict], folder: str) -> dict:
     reference.beta = 0.04
     for trainer in trainers.values():
         trainer.create_optimizer()
-        trainer.current_gradient_accumulation_steps = 1
-        for name in ("_generate", "_generate_and_score_completions"):
-            _time_method(trainer, name)
+        trainer.current_gradient_accumulation_steps, trainer.seconds = 1, {}
+        for name in TIMED:
+            setattr(trainer, name, _clock(trainer.seconds, name)(getattr(trainer, name)))
     return trainers
 
 
-def _time_method(trainer, name: str) -> None:
-    """Have the method `name` leave the seconds it took in `trainer.seconds`."""
-    method = getattr(trainer, name)
-
-    def timed(*arguments):
-        start = _now()
-        result = method(*arguments)
-        trainer.seconds[name] = _now() - start
-        return result
-
-    setattr(trainer, name, timed)
-
-
-def _step(trainer, rows: list[dict]) -> dict[str, float]:
-    """Seconds of one optimisation step, by phase."""
-    trainer.seconds = {}
+@contextlib.contextmanager
+def _clock(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Leave the seconds that a block, or a function so decorated, takes in `seconds` as `name`."""
     start = _now()
-    trainer.training_step(trainer.model, rows, None)
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad()
-    step = _now() - start
-    generation, rollout = trainer.seconds["_generate"], trainer.seconds["_generate_and_score_completions"]
-    return {"generation": generation, "scoring": rollout - generation, "update": step - rollout, "step": step}
+    yield
+    seconds[name] = _now() - start
 
 
 def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def _step(trainer, rows: list[dict]) -> dict[str, float]:
+    """Seconds of one optimisation step, by phase."""
+    with _clock(trainer.seconds, "step"):
+        trainer.training_step(trainer.model, rows, None)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+    generation, rollout, step = (trainer.seconds[name] for name in (*TIMED, "step"))
+    return {"generation": generation, "scoring": rollout - generation, "update": step - rollout, "step": step}

@@ -1,7 +1,8 @@
 """A verdict for each of the paper's claims (method, section 9), computed from results files.
 
-The subject is `cmdp`, the paper's method as we read it. claims.yaml says what is compared with what on which measure; a
-small function judges. Differences are paired over seeds and prompts; all verdicts share the 5 % (Bonferroni). A gain is
+The subject is `cmdp`, the paper's method as we read it. claims.yaml says what is compared on which measure and in which
+words; a small function judges. Differences are paired over seeds and prompts; all verdicts share the 5 % (Bonferroni).
+A gain is
 
 - replicated, where its interval lies above zero, though perhaps below the published figure;
 - not replicated, where its interval does not, and excludes the published figure;
@@ -12,6 +13,7 @@ A bootstrap over five seeds is narrow: read a verdict that hangs on a bound's la
 
 import json
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +27,13 @@ from replication.experiments import EXPERIMENTS, PARAMS, RESULTS, gather, rows
 from replication.tables import MEASURES, difference, ranges, read_completions, read_trials, wins
 
 YES, NO, OPEN, UNTESTED = "replicated", "not replicated", "inconclusive", "not tested at this scale"
-WEAKEST_FIRST = (NO, OPEN, YES)
 SUBJECT, SOFT = "cmdp", "gkd-grpo"  # the paper's method and the soft Lagrangian
 NO_OVERHEAD = 1.05  # ratio of step times up to which there is none
 FEW = 3  # seeds: a comparison of single runs decides nothing
 CLAIMS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Study:
     """What the verdicts are computed from."""
 
@@ -53,170 +54,142 @@ class Study:
         """The level of each interval."""
         return 1 - 0.05 / self.settings["comparisons"]
 
-    def runs(self, split: str = "test") -> dict[str, pd.DataFrame]:
-        """The completions of a split by run, with what depends on the budget."""
-        table = self.completions[self.completions["split"] == split]
-        return dict(list(with_budget(table, self.budget).groupby("run")))
+    @cached_property
+    def runs(self) -> dict[str, dict[str, pd.DataFrame]]:
+        """The completions by split (test, longer) and run, with what depends on the budget."""
+        splits = with_budget(self.completions, self.budget).groupby("split")
+        return {split: dict(list(table.groupby("run"))) for split, table in splits}
 
     def minus(self, run: str, baseline: str, measure: str) -> tuple[float, float, float]:
         """(mean, low, high) of a measure's paired difference."""
-        by_run = self.runs()
-        return difference(by_run[run], by_run[baseline], MEASURES[measure], self.level, MANY_RESAMPLES)[:3]
+        ours, theirs = self.runs["test"][run], self.runs["test"][baseline]
+        return difference(ours, theirs, MEASURES[measure], self.level, MANY_RESAMPLES)[:3]
 
     def mean(self, table: pd.DataFrame, measure: str) -> tuple[float, float, float]:
         """(mean, low, high) of a measure."""
         return interval(cells(table, MEASURES[measure]), level=self.level, resamples=MANY_RESAMPLES)
 
+    @property
     def sweeps(self) -> dict[str, pd.DataFrame]:
         """Accuracy within the budget by lambda, of the subject and of the soft Lagrangian."""
         table = self.strengths[self.strengths["measure"] == "accuracy_within"]
         return {method: table[table["method"] == method].sort_values("lam") for method in (SUBJECT, SOFT)}
 
 
-def points(value: tuple[float, float, float]) -> str:
-    """A difference of shares with its interval, in percentage points."""
-    return "{:+.1f} points [{:+.1f}, {:+.1f}]".format(*(100 * number for number in value))
-
-
-def share(value: tuple[float, float, float]) -> str:
+def share(value: tuple[float, float, float], form: str = "{:.1f} % [{:.1f}, {:.1f}]") -> str:
     """A share with its interval, in per cent."""
-    return "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * number for number in value))
+    return form.format(*(100 * number for number in value))
+
+
+points = partial(share, form="{:+.1f} points [{:+.1f}, {:+.1f}]")  # a difference of shares
 
 
 def gain(low: float, high: float, published: float, none: float = 0.0) -> str:
     """The verdict on a claimed gain of `published`, where `none` is no gain."""
-    if low > none:
-        return YES
-    return NO if high < published else OPEN
+    return YES if low > none else NO if high < published else OPEN
 
 
-def over_soft(study: Study, claim: dict) -> tuple[str, str]:
+def over_soft(study: Study, claim: dict) -> tuple[str, dict]:
     """A gain over the soft Lagrangian."""
     found, ours = (study.minus(run, study.soft, claim["measure"]) for run in (SUBJECT, study.ours))
-    evidence = f"{claim.get('label', '')}{points(found)} against {study.soft}; {study.ours} (ours): {points(ours)}"
-    return gain(*found[1:], claim["gain"]), evidence
+    return gain(*found[1:], claim["gain"]), {"found": points(found), "ours": points(ours)}
 
 
-def win_rate(study: Study, claim: dict) -> tuple[str, str]:
+def win_rate(study: Study, claim: dict) -> tuple[str, dict]:
     """Pairwise win rates over each baseline; the weakest verdict counts."""
     rates = wins(study.completions, claim["baselines"], [SUBJECT, study.ours], study.level, MANY_RESAMPLES)
-    own = rates[rates["run"] == SUBJECT]
-    verdicts = [gain(row.low, row.high, 0.5 + claim["gain"] / 2, none=0.5) for row in own.itertuples()]
-    names = {SUBJECT: SUBJECT, study.ours: f"{study.ours} (ours)"}
-    said = [
-        f"{names[row.run]} over {row.baseline}: {share((row.win_rate, row.low, row.high))}"
-        for row in rates.itertuples()
-    ]
-    return min(verdicts, key=WEAKEST_FIRST.index), "; ".join(said)
+    verdicts, said = [], []
+    for run, baseline, *rate in rates[["run", "baseline", "win_rate", "low", "high"]].to_numpy():
+        said.append(f"{run}{' (ours)' * (run != SUBJECT)} over {baseline}: {share(rate)}")
+        verdicts += [gain(*rate[1:], 0.5 + claim["gain"] / 2, none=0.5)] if run == SUBJECT else []
+    return min(verdicts, key=(NO, OPEN, YES).index), {"rates": "; ".join(said)}
 
 
-def at_similar_csr(study: Study, claim: dict) -> tuple[str, str]:
+def at_similar_csr(study: Study, claim: dict) -> tuple[str, dict]:
     """A gain where the CSR is similar; elsewhere both differences must agree."""
     found, csr = (study.minus(SUBJECT, claim["baselines"][0], measure) for measure in (claim["measure"], "csr"))
-    evidence = f"accuracy {points(found)}, CSR {points(csr)}"
-    if abs(csr[0]) <= study.settings["alike"]:
-        return gain(*found[1:], claim["gain"]), evidence
-    verdict = YES if min(found[1], csr[1]) > 0 else NO if max(found[2], csr[2]) < 0 else OPEN
-    return verdict, f"{evidence}: the constraint adherence is not similar"
+    alike = abs(csr[0]) <= study.settings["alike"]
+    both = (min(found[1], csr[1]), max(found[2], csr[2]), 0)
+    unlike = "" if alike else ": the constraint adherence is not similar"
+    verdict = gain(*found[1:], claim["gain"]) if alike else gain(*both)
+    return verdict, {"found": points(found), "csr": points(csr), "unlike": unlike}
 
 
-def competitive(study: Study, claim: dict) -> tuple[str, str]:
+def competitive(study: Study, claim: dict) -> tuple[str, dict]:
     """No loss beyond the tolerance against the baseline that did best on validation prompts."""
     chosen = study.trials[(study.trials["chosen"] == 1) & study.trials["run"].isin(claim["baselines"])]
     best, tolerance = chosen.loc[chosen["accuracy"].idxmax(), "run"], study.settings["tolerance"]
     loss, ours = (study.minus(run, best, "accuracy") for run in (SUBJECT, study.ours))
-    evidence = f"accuracy {points(loss)} against the best baseline on validation prompts, {best}"
-    if claim["beside"] in study.runs():
-        evidence += f"; against {claim['beside']}: {points(study.minus(SUBJECT, claim['beside'], 'accuracy'))}"
-    verdict = YES if loss[1] > -tolerance else NO if loss[2] < -tolerance else OPEN
-    return verdict, f"{evidence}; {study.ours} (ours): {points(ours)}"
+    other = [run for run in [claim["beside"]] if run in study.runs["test"]]
+    beside = "".join(f"; against {run}: {points(study.minus(SUBJECT, run, 'accuracy'))}" for run in other)
+    said = {"found": points(loss), "best": best, "beside": beside, "ours": points(ours)}
+    return gain(*loss[1:], -tolerance, -tolerance), said
 
 
-def same_student(study: Study, claim: dict) -> tuple[str, str]:
+def same_student(study: Study, claim: dict) -> tuple[str, dict]:
     """The distilled student has the parameters of the one before, and no more."""
     before, after = (set(study.times[study.times["run"] == run]["parameters"]) for run in ("sft", SUBJECT))
-    evidence = f"the distilled student has {'the' if before == after else 'not the'} parameters of the one before, "
-    return YES if before == after else NO, f"{evidence}{min(after):,}, and is measured on prompts alone"
+    return YES if before == after else NO, {"the": "the" if before == after else "not the", "count": min(after)}
 
 
-def no_overhead(study: Study, claim: dict) -> tuple[str, str]:
+def no_overhead(study: Study, claim: dict) -> tuple[str, dict]:
     """A step takes no longer than the soft Lagrangian's and dual ascent's."""
     ratios = study.benchmark.set_index("trainer").loc[[f"{SUBJECT} / {name}" for name in claim["timed"]]]
-    shown = [f"{row.median:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in ratios.itertuples()]
     verdict = YES if ratios["high"].max() <= NO_OVERHEAD else NO if ratios["low"].min() > NO_OVERHEAD else OPEN
-    return verdict, f"a step takes {shown[0]} of the soft Lagrangian's, {shown[1]} of dual ascent's"
+    return verdict, {"ratios": [f"{row.median:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in ratios.itertuples()]}
 
 
-def guaranteed(study: Study, claim: dict) -> tuple[str, str]:
+def guaranteed(study: Study, claim: dict) -> tuple[str, dict]:
     """The bound on violations holds on token trees, and a trained student keeps the target."""
     bound = max(found["greatest_p_over_bound"] for found in study.theory["penalty_bound"].values())
-    kept, target = study.mean(study.runs()[SUBJECT], claim["measure"]), study.settings["target"]
+    kept, target = study.mean(study.runs["test"][SUBJECT], claim["measure"]), study.settings["target"]
     verdict = NO if bound > 1 or kept[2] < target else YES if kept[1] >= target else OPEN
-    return verdict, (
-        f"exact maximisers on token trees {'keep' if bound <= 1 else 'break'} the bound on violations (at most "
-        f"{bound:.2f} of it is used); a trained student keeps {share(kept)} of its trajectories within the budget"
-    )
+    return verdict, {"keep": "keep" if bound <= 1 else "break", "bound": bound, "kept": share(kept)}
 
 
-def degrades(study: Study, claim: dict) -> tuple[str, str]:
+def degrades(study: Study, claim: dict) -> tuple[str, dict]:
     """A larger part of the accuracy is lost with more steps than the soft Lagrangian loses."""
-    fewest, most = study.steps.min(), study.steps.max()
-    losses, draws, by_run, longer = {}, {}, study.runs(), study.runs("longer")
+    said, means, draws = {"fewest": study.steps.min(), "most": study.steps.max()}, {}, {}
     for run in (SUBJECT, study.soft):
-        table = by_run[run].assign(steps=study.steps[by_run[run]["prompt"]])
-        easy, hard = (cells(table[table["steps"] == count], "correct") for count in (fewest, most))
-        # the same seeds, other prompts
+        table = study.runs["test"][run]
+        easy, hard = (cells(table[study.steps[table["prompt"]] == count], "correct") for count in said.values())
+        means[run] = 1 - hard.mean() / easy.mean()  # below: the same seeds, other prompts
         draws[run] = 1 - bootstrap(hard, resamples=MANY_RESAMPLES) / bootstrap(easy, resamples=MANY_RESAMPLES)
-        losses[run] = (1 - hard.mean() / easy.mean(), *bounds(draws[run], study.level))
-    mine, theirs = losses[SUBJECT], losses[study.soft]
+    mine, theirs = ((means[run], *bounds(draws[run], study.level)) for run in means)
     further = (mine[0] - theirs[0], *bounds(draws[SUBJECT] - draws[study.soft], study.level))
-    shown = [run for run in (SUBJECT, study.soft, "teacher") if run in longer]
-    solved = ", ".join(f"{run} solves {share(study.mean(longer[run], claim['measure']))}" for run in shown)
-    return YES if further[1] > 0 else NO if further[2] < study.settings["tolerance"] else OPEN, (
-        f"of its accuracy {SUBJECT} loses {share(mine)} from {fewest} to {most} steps, {study.soft} {share(theirs)}: "
-        f"difference {points(further)}; of problems longer than any in training {solved}"
-    )
+    longer = {run: study.runs["longer"].get(run) for run in (SUBJECT, study.soft, "teacher")}
+    solved = [f"{run} solves {share(study.mean(of, claim['measure']))}" for run, of in longer.items() if of is not None]
+    said |= {"mine": share(mine), "theirs": share(theirs), "further": points(further), "solved": ", ".join(solved)}
+    return gain(*further[1:], study.settings["tolerance"]), said
 
 
 def span(sweep: pd.DataFrame) -> tuple[float, float, bool]:
-    """(low, high, at_edge): the lambdas around a method's best that are near it without a gap, and whether the best is
-    the least or the greatest tried, so that the range may go on.
-
-    Args:
-        sweep: of `tables.strength`, one method's rows of one measure, by `lam`.
-    """
-    lam, near, best = sweep["lam"].to_numpy(), sweep["near_best"].to_numpy(), int(sweep["mean"].argmax())
-    low = high = best
-    while low > 0 and near[low - 1]:
-        low -= 1
-    while high < len(lam) - 1 and near[high + 1]:
-        high += 1
-    return float(lam[low]), float(lam[high]), best in (0, len(lam) - 1)
+    """(low, high, at_edge) of a method's rows of `tables.strength` by `lam`: the lambdas around its best that are near
+    it without a gap, and whether the best is the least or the greatest tried, so that the range may go on."""
+    sweep, best = sweep.reset_index(drop=True), int(sweep["mean"].argmax())
+    stretch = (sweep["near_best"] == 0).cumsum()  # one number from a gap to the next
+    lam = sweep["lam"][(sweep["near_best"] == 1) & (stretch == stretch[best])]
+    return float(lam.min()), float(lam.max()), best in (0, len(sweep) - 1)
 
 
-def narrow(study: Study, claim: dict) -> tuple[str, str]:
+def narrow(study: Study, claim: dict) -> tuple[str, dict]:
     """The range of lambda that works is narrower than the soft Lagrangian's."""
-    sweeps, near = study.sweeps(), study.settings["near"]
-    spans, tuned = {name: span(sweep) for name, sweep in sweeps.items()}, ranges(study.trials, near)
-    tuned = tuned.drop_duplicates("method").set_index("method")
-    before, least = study.runs()["sft"]["correct_within"].mean(), (1 - near) * sweeps[SUBJECT]["mean"].max()
-    decided = (
-        pd.concat(sweeps)["seeds"].min() >= FEW and before < least and not any(edge for *_, edge in spans.values())
-    )
-    width = {name: high / low for name, (low, high, _) in spans.items()}
-    said = "; ".join(
-        f"{name}: near its best with lambda from {low:g} to {high:g}{', its best at an edge' * at_edge}, of "
-        f"{', '.join(f'{lam:g}' for lam in sweeps[name]['lam'])}, and in {tuned.loc[name, 'near_best']} of "
-        f"{tuned.loc[name, 'trials']} tuning trials"
-        for name, (low, high, at_edge) in spans.items()
-    )
-    return OPEN if not decided else YES if width[SUBJECT] < width[SOFT] else NO, (
-        f"{said}; near is {100 * least:.1f} % for {SUBJECT}, and the student has {100 * before:.1f} % before training"
-    )
+    sweeps, near, said, width, edges = study.sweeps, study.settings["near"], "", {}, []
+    tuned = ranges(study.trials, near).drop_duplicates("method").set_index("method")
+    for name, sweep in sweeps.items():
+        low, high, at_edge = span(sweep)
+        width[name], tried = high / low, ", ".join(f"{lam:g}" for lam in sweep["lam"])
+        edges.append(at_edge)
+        said += f"{name}: near its best with lambda from {low:g} to {high:g}{', its best at an edge' * at_edge}, "
+        said += "of {}, and in {near_best} of {trials} tuning trials; ".format(tried, **tuned.loc[name])
+    before, least = study.runs["test"]["sft"]["correct_within"].mean(), (1 - near) * sweeps[SUBJECT]["mean"].max()
+    decided = pd.concat(sweeps)["seeds"].min() >= FEW and before < least and not any(edges)
+    verdict = OPEN if not decided else YES if width[SUBJECT] < width[SOFT] else NO
+    return verdict, {"ranges": said, "least": 100 * least, "before": 100 * before}
 
 
-_GAINS = (over_soft, win_rate, at_similar_csr, competitive)
-JUDGES = {judge.__name__: judge for judge in (*_GAINS, same_student, no_overhead, guaranteed, degrades, narrow)}
+_JUDGES = (over_soft, win_rate, at_similar_csr, competitive, same_student, no_overhead, guaranteed, degrades, narrow)
+JUDGES = {judge.__name__: judge for judge in _JUDGES}
 
 
 def effort(trials: pd.DataFrame, method: str) -> str:
@@ -228,18 +201,14 @@ def effort(trials: pd.DataFrame, method: str) -> str:
 
 
 def conditions(study: Study) -> dict[str, str]:
-    """What fills the braces in the claims' conditions."""
-    seeds, given = pd.concat(study.sweeps())["seeds"], study.settings
-    at = f"arithmetic, budget {study.budget:g} nats, {study.runs()[SUBJECT]['seed'].nunique()} seeds"
-    per_cent = {"tolerance": given["tolerance"], "target": given["target"], "near": 1 - given["near"]}
-    return {name: f"{100 * value:g}" for name, value in per_cent.items()} | {
-        "at": at,
-        "tuned": f"{at}; {effort(study.trials, SUBJECT)}, {effort(study.trials, SOFT)}",
-        "turns": f"{study.benchmark['repeats'].iloc[0]}",
-        "seeds": f"{seeds.min()} to {seeds.max()}",
-        "soft": study.soft,
-        "budget": f"{study.budget:g}",
-    }
+    """What fills the braces in the claims' conditions and evidence, beside what each judge found."""
+    seeds, given = pd.concat(study.sweeps)["seeds"], study.settings
+    at = f"arithmetic, budget {study.budget:g} nats, {study.runs['test'][SUBJECT]['seed'].nunique()} seeds"
+    shares = {name: f"{100 * value:g}" for name, value in (given | {"near": 1 - given["near"]}).items()}
+    tuned = f"{at}; {effort(study.trials, SUBJECT)}, {effort(study.trials, SOFT)}"
+    spread, turns = f"{seeds.min()} to {seeds.max()}", study.benchmark["repeats"].iloc[0]
+    own = {"soft": study.soft, "variant": study.ours, "budget": f"{study.budget:g}"}
+    return shares | own | {"at": at, "tuned": tuned, "turns": turns, "seeds": spread}
 
 
 def judge(study: Study, claims: list[dict] = CLAIMS) -> pd.DataFrame:
@@ -249,12 +218,9 @@ def judge(study: Study, claims: list[dict] = CLAIMS) -> pd.DataFrame:
         raise ValueError(f"The verdicts need the runs {missing}: run the study first (`make study`).")
     said, found = conditions(study), []
     for claim in claims:
-        verdict, evidence = UNTESTED, claim.get("label", "")
-        if "judge" in claim:
-            verdict, evidence = JUDGES[claim["judge"]](study, claim)
-        about = {name: claim[name] for name in ("id", "claim", "published")}
-        conditions_met = claim["conditions"].format(**said)
-        found.append({**about, "verdict": verdict, "evidence": evidence, "conditions": conditions_met})
+        verdict, values = JUDGES[claim["judge"]](study, claim) if "judge" in claim else (UNTESTED, {})
+        words = {name: claim[name].format_map(said | values) for name in ("evidence", "conditions")}
+        found.append({**{name: claim[name] for name in ("id", "claim", "published")}, "verdict": verdict, **words})
     return pd.DataFrame(found)
 
 

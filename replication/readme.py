@@ -2,23 +2,19 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
 from cmdp.storage import read_yaml, write_text
 from replication.experiments import RESULTS, gather, rows
+from replication.tables import COMPARED
 from replication.theory import OURS
 from replication.theory.tables import percent, sampled_learners
 
-COLUMNS = {
-    "accuracy": "accuracy (%)",
-    "csr": "CSR (%)",
-    "accuracy_within": "accuracy within budget (%)",
-    "greedy_accuracy": "greedy accuracy (%)",
-    "cost": "mean cost (nats)",
-}
-COMPARED = {"accuracy": "accuracy", "csr": "CSR", "accuracy_within": "accuracy within budget", "validity": "validity"}
+COLUMNS = {"accuracy": "accuracy (%)", "csr": "CSR (%)", "accuracy_within": "accuracy within budget (%)"}
+COLUMNS |= {"greedy_accuracy": "greedy accuracy (%)", "cost": "mean cost (nats)"}
 
 
 def fill_all(results: Path = RESULTS) -> None:
@@ -28,12 +24,8 @@ def fill_all(results: Path = RESULTS) -> None:
 
 
 def filled(path: Path, results: Path = RESULTS) -> str:
-    """The text of `path` with its generated tables; one whose results are missing stays as it is.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it lacks a marker.
-    """
+    """The text of `path` with its generated tables; one whose results are missing stays as it is. Raises `ValueError`
+    if the file lacks a marker."""
     text = path.read_text(encoding="utf-8")
     for name, table in FILES[str(path)].items():
         begin, end = f"<!-- {name}: generated -->\n", f"<!-- {name}: end -->"
@@ -60,32 +52,25 @@ def cell(row: pd.Series, scale: int = 100, digits: int = 1) -> str:
 
 def wide(table: pd.DataFrame, index: str, columns: str, value: str = "mean") -> pd.DataFrame:
     """A long table of shares laid out for reading, in its own order: per cent, with intervals in brackets."""
-    shown = [cell(row) for _, row in table.rename(columns={value: "mean"}).iterrows()]
+    shown = table.assign(mean=table[value]).apply(cell, axis=1)
     laid_out = table.assign(shown=shown).pivot(index=index, columns=columns, values="shown")
     return laid_out.loc[table[index].unique(), table[columns].unique()].fillna("")
 
 
 def measures_table(summary: pd.DataFrame, columns: dict[str, str], before: tuple[str, ...] = ()) -> str:
     """A row per run: its `before` columns, and each measure of `columns` with its interval, or - where it has none."""
-    table, lines = summary.set_index(["run", "measure"]), []
-    for run in summary["run"].unique():
-        about = [str(table.loc[(run, "accuracy"), name]) for name in before]
-        cells = [
-            cell(table.loc[(run, name)], 100 if "%" in title else 1, 3 if name == "kl_per_token" else 1)
-            if (run, name) in table.index
-            else "-"
-            for name, title in columns.items()
-        ]
-        lines.append([run, *about, *cells])
-    return markdown(["run", *before, *columns.values()], lines)
+    shown = summary[summary["measure"].isin(columns)].copy()
+    units = [(100 if "%" in columns[name] else 1, 3 if name == "kl_per_token" else 1) for name in shown["measure"]]
+    shown["shown"] = [cell(row, *unit) for (_, row), unit in zip(shown.iterrows(), units, strict=True)]
+    wide = shown.pivot(index="run", columns="measure", values="shown").reindex(columns=columns).fillna("-")
+    wide = shown.groupby("run", sort=False)[list(before)].first().astype(str).join(wide)
+    return markdown(["run", *before, *columns.values()], wide.reset_index().to_numpy().tolist())
 
 
 def results_table(summary: pd.DataFrame) -> str:
     """An experiment's summary: a row per run, mean with its 95 % interval."""
-    note = (
-        f"Held-out prompts, sampled at temperature 1 unless greedy; {summary['seeds'].max()} seeds; in brackets 95 % "
-    )
-    return f"{measures_table(summary, COLUMNS)}\n\n{note}bootstrap intervals."
+    note = "Held-out prompts, sampled at temperature 1 unless greedy; {} seeds; in brackets 95 % bootstrap intervals."
+    return f"{measures_table(summary, COLUMNS)}\n\n{note.format(summary['seeds'].max())}"
 
 
 def default_table(results: Path) -> str:
@@ -95,18 +80,11 @@ def default_table(results: Path) -> str:
     return f"{table} The student has {sizes['sft']:,} parameters, the teacher {sizes['teacher']:,}."
 
 
-def verdicts_table(results: Path) -> str:
-    """The claims and their verdicts alone."""
-    claims = pd.read_csv(results / "claims.csv")[["id", "claim", "published", "verdict"]]
+def claims_table(results: Path, columns: tuple[str, ...] = ("evidence", "conditions")) -> str:
+    """The claims with their verdicts, and with `columns` of results/claims.csv."""
+    claims = pd.read_csv(results / "claims.csv")[["id", "claim", "published", "verdict", *columns]]
     lines = claims.assign(verdict="**" + claims["verdict"] + "**").to_numpy().tolist()
-    return markdown(["", "claim", "published", "verdict here"], lines)
-
-
-def claims_table(results: Path) -> str:
-    """The claims with verdicts, evidence and conditions."""
-    claims = pd.read_csv(results / "claims.csv")
-    lines = claims.assign(verdict="**" + claims["verdict"] + "**").to_numpy().tolist()
-    return markdown(["", "claim", "published", "verdict here", "evidence", "conditions"], lines)
+    return markdown(["", "claim", "published", "verdict here", *columns], lines)
 
 
 def study_table(results: Path) -> str:
@@ -122,25 +100,22 @@ def study_table(results: Path) -> str:
 def paired_table(results: Path) -> str:
     """Every run minus the soft Lagrangian that did best on validation prompts, in points."""
     soft = read_yaml(results / "chosen.yaml")["best"]["soft"]
-    table = pd.read_csv(results / "study" / "paired.csv").query("baseline == @soft").set_index(["run", "measure"])
-    lines = []
-    for run in table.index.unique("run"):
-        ends = [100 * table.loc[(run, name), ["difference", "low", "high"]].astype(float) for name in COMPARED]
-        lines.append([run, *(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" for mean, low, high in ends)])
-    return markdown([f"points more than {soft}", *COMPARED.values()], lines)
+    table, lines = pd.read_csv(results / "study" / "paired.csv").query("baseline == @soft"), {}
+    for run, *ends in table[["run", "difference", "low", "high"]].itertuples(index=False):
+        lines.setdefault(run, [run]).append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * end for end in ends)))
+    return markdown([f"points more than {soft}", *COMPARED.values()], [*lines.values()])
 
 
 def theory_table(results: Path) -> str:
     """Learners on token trees against the exact optimum: a row per method, with 95 % intervals."""
-    table = sampled_learners(results / "theory").rename(
-        index={"soft optimum, never": "*soft Lagrangian, best λ per tree, exact*"}
-    )
-    table = table[~table.index.str.startswith("soft optimum")].rename(index={name: f"{name} (ours)" for name in OURS})
-    columns = zip(table.index, percent(table, "of_optimum"), percent(table, "csr"), strict=True)
+    names = {"soft optimum, never": "*soft Lagrangian, best λ per tree, exact*"}
+    table = sampled_learners(results / "theory").rename(index=names | {name: f"{name} (ours)" for name in OURS})
+    table = table[~table.index.str.startswith("soft optimum")]
+    lines = zip(table.index, percent(table, "of_optimum"), percent(table, "csr"), strict=True)
     found = json.loads((results / "theory" / "summary.json").read_text(encoding="utf-8"))["results"]
     least, median, most = (f"{100 * found['mean_is_not_enough'][name]:.0f}" for name in ("min", "median", "max"))
     return (
-        markdown(["learner", "reward, % of the optimum's", "CSR (%)"], [list(line) for line in columns])
+        markdown(["learner", "reward, % of the optimum's", "CSR (%)"], lines)
         + f"\n\n{table['trees'].iloc[0]} held-out trees, all budgets; in brackets 95 % bootstrap intervals over trees. "
         f"The best soft\nLagrangian that meets the budget on average leaves {least} to {most} % of a tree's "
         f"trajectories over it\n(median {median} %)."
@@ -149,31 +124,30 @@ def theory_table(results: Path) -> str:
 
 def laptop_table(results: Path) -> str:
     """The measures of profiles/laptop.yaml: a row per run, and what it was run on."""
-    folder = results / "laptop"
+    folder, phases = results / "laptop", ("generation", "scoring", "update")
     summary, times = pd.read_csv(folder / "summary.csv"), pd.read_csv(folder / "timing.csv").set_index("run")
-    profile = read_yaml(folder / "profile.yaml")
     memory = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "memory").glob("*/*.json"))]
-    phases = ("generation", "scoring", "update")
     for phase in phases:
         seconds = summary["run"].map(times[f"time/{phase}"])
-        summary[f"{phase} (s)"] = [f"{second:.0f}" if second == second else "-" for second in seconds]
-    columns = {"accuracy": COLUMNS["accuracy"], "greedy_accuracy": COLUMNS["greedy_accuracy"], "csr": COLUMNS["csr"]}
+        summary[f"{phase} (s)"] = seconds.map("{:.0f}".format, na_action="ignore").fillna("-")
+    columns = {name: COLUMNS[name] for name in ("accuracy", "greedy_accuracy", "csr")}
     columns |= {"kl_per_token": "nats per token", "cost": COLUMNS["cost"]}
     table = measures_table(summary, columns, tuple(f"{phase} (s)" for phase in phases))
-    train, evaluated, about = profile["train"], profile["evaluate"], memory[0]
+    profile = read_yaml(folder / "profile.yaml")
+    train, evaluated = profile["train"], profile["evaluate"]
     batch = train["per_device_train_batch_size"] * train.get("gradient_accumulation_steps", 1)
     taken, summed = (max(entry[key] for entry in memory) for key in ("taken_gib", "summed_gib"))
-    threads = f", {about['threads']} thread(s) per run" if train.get("use_cpu") else ""
+    threads = f", {memory[0]['threads']} thread(s) per run" if train.get("use_cpu") else ""
     return (
         f"{table}\n\n{train['max_steps']} steps of {batch} completions of at most {train['max_completion_length']} "
         f"tokens, timed per step; a budget of {profile['budget']['budget']} nats per token; {evaluated['prompts']} "
         f"held-out prompts, {evaluated['samples']} completions each; seed {', '.join(map(str, profile['seeds']))}. On "
-        f"{about['device']}{threads}; memory {taken:.1f} GiB, {summed:.1f} by the sum."
+        f"{memory[0]['device']}{threads}; memory {taken:.1f} GiB, {summed:.1f} by the sum."
     )
 
 
 FILES: dict[str, dict[str, Callable[[Path], str]]] = {
-    "README.md": {"results": default_table, "verdicts": verdicts_table},
+    "README.md": {"results": default_table, "verdicts": partial(claims_table, columns=())},
     "docs/study.md": {"study": study_table, "paired": paired_table, "claims": claims_table},
     "docs/theory.md": {"theory": theory_table},
     "docs/models.md": {"laptop": laptop_table},

@@ -2,7 +2,6 @@
 
 Means come with 95 % bootstrap intervals over seeds and prompts. Differences are paired over both, on the seeds that two
 runs share; their 5 % is shared by all runs that one table compares with one baseline on one measure (Bonferroni).
-Reads results files alone, and imports no torch.
 """
 
 from collections.abc import Callable
@@ -11,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cmdp.statistics import MANY_RESAMPLES, RESAMPLES, bootstrap, bounds, cells, interval, summarise, with_budget
+from cmdp import statistics
+from cmdp.statistics import MANY_RESAMPLES, RESAMPLES, bootstrap, bounds, cells, interval, with_budget
 from cmdp.storage import provenance, read_yaml, write_json, write_table
 from replication.experiments import EXPERIMENTS, PARAMS, RESULTS, Row, gather, rows
 from replication.tune import CRITERION, SETTINGS
@@ -20,20 +20,9 @@ from replication.tune import CRITERION, SETTINGS
 BUDGET_FREE = {"sft", "grpo", "gkd", "gkd-grpo", "minillm", "kdrl", "worst-case", "trl-grpo", "trl-gkd"}
 SWEPT = ("gkd-grpo", "cmdp", "cmdp-hinge")  # methods whose lambda is tuned, and varied in the study
 ABLATED = {"saute-constant": "cmdp"}  # a method that is an ablation of another: cmdp without Phi
-MEASURES = {
-    "accuracy": "correct",
-    "csr": "satisfied",
-    "accuracy_within": "correct_within",
-    "validity": "valid",
-    "cost": "cost",
-    "kl_per_token": "kl",
-    "entropy": "entropy",
-    "tokens": "tokens",
-    "lucky": "lucky",
-}
-COMPARED = ("accuracy", "csr", "accuracy_within", "validity")
-LONGER = {"longer_accuracy": "correct", "longer_csr": "satisfied", "longer_validity": "valid"}
-FEW_RESAMPLES = 200  # of statistics that are no means and take long
+MEASURES = {"accuracy": "correct", "csr": "satisfied", "accuracy_within": "correct_within", "validity": "valid"}
+MEASURES |= {"cost": "cost", "kl_per_token": "kl", "entropy": "entropy", "tokens": "tokens", "lucky": "lucky"}
+COMPARED = {"accuracy": "accuracy", "csr": "CSR", "accuracy_within": "accuracy within budget", "validity": "validity"}
 SHARES_OF_BUDGET = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, np.inf)
 
 
@@ -47,20 +36,18 @@ def write(part: str) -> None:
 
 def write_default(results: Path = RESULTS) -> None:
     """Gather the default runs: summary, metrics, training curves, cost by position, times, provenance."""
-    runs, folder = rows(part="default"), results / "runs"
-    completions = gather("completions", runs, folder)
-    summary = summarise(completions[completions["split"] == "test"], **read_yaml(PARAMS)["budget"])
-    nested = {
-        run: {row.measure: round(row.mean, 4) for row in group.itertuples()}
-        for run, group in summary.groupby("run", sort=False)
-    }
-    times = gather("times", runs, folder)
+    runs = rows(part="default")
+    names = ("completions", "times", "training", "positions")
+    completions, times, curves, positions = (gather(name, runs, results / "runs") for name in names)
+    summary = statistics.summarise(_tests(completions), **read_yaml(PARAMS)["budget"])
     phases = times.groupby("run", sort=False)[list(times.filter(like="time/"))].median().dropna(how="all")
-    write_table(summary, results / "summary.csv")
-    write_json(nested, results / "metrics.json")
-    write_table(gather("training", runs, folder), results / "curves.csv")
-    write_table(gather("positions", runs, folder), results / "positions.csv")
-    write_table(phases.reset_index(), results / "timing.csv")
+    tables = {"summary": summary, "curves": curves, "positions": positions, "timing": phases.reset_index()}
+    for name, table in tables.items():
+        write_table(table, results / f"{name}.csv")
+    means: dict[str, dict[str, float]] = {run: {} for run in summary["run"]}
+    for row in summary.itertuples():
+        means[row.run][row.measure] = round(row.mean, 4)
+    write_json(means, results / "metrics.json")
     write_json(provenance(), results / "provenance.json")
 
 
@@ -69,7 +56,6 @@ def write_study(results: Path = RESULTS) -> None:
     settings, chosen = read_yaml(EXPERIMENTS), read_yaml(results / "chosen.yaml")
     budget, near = read_yaml(PARAMS)["budget"]["budget"], settings["claims"]["near"]
     runs, completions = by_name(rows()), read_completions(results)
-    trials = read_trials(results, settings["tuning"]["trials"])
     names = [name for name, row in runs.items() if row.family == "method"]
     baselines = [chosen["best"]["soft"], "grpo", "gkd", "minillm"]
     means = summary(completions, runs, budget)
@@ -80,7 +66,7 @@ def write_study(results: Path = RESULTS) -> None:
         "ablations": ablations(completions, runs, budget),
         "wins": wins(completions, baselines, names),
         "strength": strength(means, runs, chosen["runs"], near),
-        "ranges": ranges(trials, near),
+        "ranges": ranges(read_trials(results, settings["tuning"]["trials"]), near),
         "violation": violation(completions, [name for name in names if runs[name].start != "teacher"], budget),
         "timing": timing(gather("times", rows(), results / "runs"), runs),
     }
@@ -91,9 +77,7 @@ def write_study(results: Path = RESULTS) -> None:
 def by_name(table: dict[str, Row]) -> dict[str, Row]:
     """The runs by name: the first of those pooled under one name."""
     named: dict[str, Row] = {}
-    for row in table.values():
-        named.setdefault(row.name, row)
-    return named
+    return {row.name: named.setdefault(row.name, row) for row in table.values()}
 
 
 def read_completions(results: Path = RESULTS) -> pd.DataFrame:
@@ -110,7 +94,7 @@ def read_trials(results: Path, tuned: dict[str, dict]) -> pd.DataFrame:
 
 def summary(completions: pd.DataFrame, runs: dict[str, Row], budget: float) -> pd.DataFrame:
     """One row per run and measure. The CSR is at the default budget, or at the run's own where it varies the budget."""
-    teacher = completions[(completions["run"] == "teacher") & (completions["split"] == "test")]
+    teacher = _tests(completions[completions["run"] == "teacher"])
     words = sorted(set(" ".join(completions["style"].astype(str).unique()).split()))
     reference = phrasings(teacher, words).sum(axis=0)
     found = []
@@ -118,9 +102,10 @@ def summary(completions: pd.DataFrame, runs: dict[str, Row], budget: float) -> p
         row = runs[run]
         limit = row.settings["budget"] if row.family == "budget" else budget
         group = with_budget(group.assign(lucky=group["correct"] * (1 - group["valid"])), limit)
-        test, longer = (group[group["split"] == split] for split in ("test", "longer"))
+        test, longer = _tests(group), group[group["split"] == "longer"]
         values = {name: interval(cells(test, column)) for name, column in MEASURES.items()}
-        values |= {name: interval(cells(longer, column)) for name, column in LONGER.items() if len(longer)}
+        for name in ("accuracy", "csr", "validity") if len(longer) else ():
+            values[f"longer_{name}"] = interval(cells(longer, MEASURES[name]))
         values["diversity"] = interval(_distinct(test))
         values["calibration_error"] = _resampled(test, calibration_error)
         if len(teacher):
@@ -137,16 +122,15 @@ def frontier(completions: pd.DataFrame, runs: dict[str, Row], budget: float) -> 
     all of them, another at those it was trained for (`trained_at`)."""
     own = {name: row.settings["budget"] for name, row in runs.items() if row.family == "budget"}
     found = []
-    for run, group in completions[completions["split"] == "test"].groupby("run", sort=False):
-        row = runs[run]
+    for run, group in _tests(completions).groupby("run", sort=False):
+        row, free = runs[run], runs[run].method in BUDGET_FREE
         if row.family not in ("method", "budget") or row.start != "student":
             continue
-        free = row.method in BUDGET_FREE
         for limit in sorted({budget, *own.values()}) if free else [own.get(run, budget)]:
-            table = with_budget(group, limit)
-            values = [interval(cells(table, column)) for column in ("correct", "satisfied", "correct_within")]
-            flat = [number for value in values for number in value]
-            found.append((row.tuned, limit, None if free else limit, *flat, group["seed"].nunique()))
+            table, values = with_budget(group, limit), []
+            for column in ("correct", "satisfied", "correct_within"):
+                values += interval(cells(table, column))
+            found.append((row.tuned, limit, None if free else limit, *values, group["seed"].nunique()))
     measures = [f"{name}{end}" for name in ("accuracy", "csr", "within") for end in ("", "_low", "_high")]
     return pd.DataFrame(found, columns=["method", "budget", "trained_at", *measures, "seeds"])
 
@@ -164,15 +148,10 @@ def difference(
 def paired(
     completions: pd.DataFrame, baselines: list[str], names: list[str], budget: float, comparisons: int | None = None
 ) -> pd.DataFrame:
-    """Every run of `names` minus every one of `baselines`, measure by measure, where both were run.
-
-    Args:
-        budget: in nats per trajectory.
-        comparisons: how many share the 5 %; by default one for each of `names`.
-    """
+    """Every run of `names` minus every one of `baselines`, measure by measure, where both were run, at a budget in nats
+    per trajectory; as many `comparisons` share the 5 %, by default one for each of `names`."""
     level = 1 - 0.05 / (comparisons or len(names))
-    tests = with_budget(completions[completions["split"] == "test"], budget)
-    by_run, found = dict(list(tests.groupby("run"))), []
+    by_run, found = dict(list(with_budget(_tests(completions), budget).groupby("run"))), []
     for run, baseline in _pairs(names, baselines, by_run):
         for measure in COMPARED:
             values = difference(by_run[run], by_run[baseline], MEASURES[measure], level, MANY_RESAMPLES)
@@ -192,7 +171,7 @@ def wins(
 ) -> pd.DataFrame:
     """Reasoning win rate, judged by program: of two derivations of one problem the valid one wins; where both or
     neither are, a tie counts half. The order of the two does not enter."""
-    tests = completions[completions["split"] == "test"]
+    tests = _tests(completions)
     tests = tests.assign(sample=tests.groupby(["run", "seed", "prompt"]).cumcount())
     by_run, found = dict(list(tests.groupby("run"))), []
     for run, baseline in _pairs(names, baselines, by_run):
@@ -204,34 +183,22 @@ def wins(
 
 
 def strength(summary: pd.DataFrame, runs: dict[str, Row], chosen: dict[str, dict], near: float) -> pd.DataFrame:
-    """Each method's measures by lambda, and whether accuracy within the budget is within `near` of its best.
-
-    Args:
-        chosen: the settings tuning chose, by run.
-    """
-    found = []
-    for run, group in summary.groupby("run", sort=False):
-        row = runs[run]
-        if row.method not in SWEPT or row.family not in ("method", "strength"):
-            continue
-        lam = row.settings.get("lam", chosen.get(row.tuned, {}).get("lam"))
-        for entry in group[group["measure"].isin(["accuracy", "csr", "accuracy_within"])].itertuples():
-            found.append((row.method, lam, entry.measure, entry.mean, entry.low, entry.high, entry.seeds))
-    table = pd.DataFrame(found, columns=["method", "lam", "measure", "mean", "low", "high", "seeds"])
-    within = table[table["measure"] == "accuracy_within"]
-    best = within.groupby("method")["mean"].max()
-    good = {(row.method, row.lam) for row in within.itertuples() if row.mean >= (1 - near) * best[row.method]}
-    flags = [int((row.method, row.lam) in good) for row in table.itertuples()]
-    return table.assign(near_best=flags).sort_values(["method", "measure", "lam"], ignore_index=True)
+    """Each method's measures by lambda, its own or what was `chosen` for its run, and whether accuracy within budget is
+    within `near` of its best."""
+    swept = {run: row for run, row in runs.items() if row.method in SWEPT and row.family in ("method", "strength")}
+    lam = {run: row.settings.get("lam", chosen.get(row.tuned, {}).get("lam")) for run, row in swept.items()}
+    table = summary[summary["run"].isin(swept) & summary["measure"].isin(["accuracy", "csr", "accuracy_within"])]
+    table = table.assign(method=[swept[run].method for run in table["run"]], lam=table["run"].map(lam))
+    within = table[table["measure"] == "accuracy_within"].set_index(["method", "lam"])["mean"]
+    good = within.index[within >= (1 - near) * within.groupby("method").transform("max")]
+    table["near_best"] = table.set_index(["method", "lam"]).index.isin(good).astype(int)
+    columns = ["method", "lam", "measure", "mean", "low", "high", "seeds", "near_best"]
+    return table[columns].sort_values(["method", "measure", "lam"], ignore_index=True)
 
 
 def ranges(trials: pd.DataFrame, near: float) -> pd.DataFrame:
-    """For each method and parameter its trials differ in: the `best` value, the least and greatest of the trials within
-    `near` of the best by tuning's criterion and of all trials, and how many are near the best, of how many.
-
-    Args:
-        trials: as `read_trials` gives them; those of all runs of one method count together.
-    """
+    """For each method and parameter its trials (`read_trials`) differ in: the `best` value, the least and greatest of
+    the trials within `near` of the best by tuning's criterion and of all, and how many are near it, of how many."""
     found = []
     for method, own in trials.groupby("method", sort=False):
         best = own.loc[own[CRITERION].idxmax()]
@@ -245,15 +212,14 @@ def ranges(trials: pd.DataFrame, near: float) -> pd.DataFrame:
 
 def violation(completions: pd.DataFrame, names: list[str], budget: float) -> pd.DataFrame:
     """Accuracy, validity, confidence and entropy of completions by the share of the budget they spent, C / d."""
-    tests = completions[(completions["split"] == "test") & completions["run"].isin(names)]
-    edges, found = np.array(SHARES_OF_BUDGET), []
-    bins = np.digitize(tests["cost"] / budget, edges[1:], right=True)
-    for (run, place), group in tests.groupby(["run", bins], sort=False):
-        low, high = edges[place], edges[place + 1]
-        label = f"over {low:g}" if np.isinf(high) else f"{low:g} to {high:g}"
-        found.append((run, label, low, high, len(group), *group[["correct", "valid", "confidence", "entropy"]].mean()))
-    columns = ["run", "bin", "low", "high", "count", "accuracy", "validity", "confidence", "entropy"]
-    return pd.DataFrame(found, columns=columns).sort_values(["run", "low"], ignore_index=True)
+    tests, edges = _tests(completions[completions["run"].isin(names)]), np.array(SHARES_OF_BUDGET)
+    place = np.digitize(tests["cost"] / budget, edges[1:], right=True)
+    measures = {"correct": "accuracy", "valid": "validity", "confidence": "confidence", "entropy": "entropy"}
+    grouped = tests.assign(low=edges[place], high=edges[place + 1]).groupby(["run", "low", "high"])[[*measures]]
+    table = grouped.mean().rename(columns=measures).assign(count=grouped.size()).reset_index()
+    labels = zip(table["low"], table["high"], strict=True)
+    table["bin"] = [f"over {low:g}" if np.isinf(high) else f"{low:g} to {high:g}" for low, high in labels]
+    return table[["run", "bin", "low", "high", "count", *measures.values()]]
 
 
 def timing(times: pd.DataFrame, runs: dict[str, Row]) -> pd.DataFrame:
@@ -264,8 +230,7 @@ def timing(times: pd.DataFrame, runs: dict[str, Row]) -> pd.DataFrame:
     """
     seconds = times.filter(like="time/").sum(axis=1, min_count=1).fillna(times["seconds"] / times["steps"])
     grouped = seconds.where(times["seconds"] > 0).groupby(times["run"], sort=False)
-    table = grouped.agg(["median", "min", "max"]).dropna().reset_index()
-    table.columns = ["run", "seconds", "low", "high"]
+    table = grouped.agg(seconds="median", low="min", high="max").dropna().reset_index()
     soft = [name for name, row in runs.items() if row.method == "gkd-grpo" and row.family == "method"]
     return table.assign(ratio_to_gkd_grpo=table["seconds"] / table[table["run"].isin(soft)]["seconds"].median())
 
@@ -279,13 +244,17 @@ def calibration_error(table: pd.DataFrame, weights: np.ndarray, bins: int = 10) 
 
 def phrasings(table: pd.DataFrame, words: list[str]) -> np.ndarray:
     """How often each completion phrases an equation in each of the ways `words`: (completions, words)."""
-    styles = table["style"].astype(str).str.split()
-    return np.stack([styles.map(lambda style, word=word: style.count(word)).to_numpy() for word in words], axis=1)
+    styles = [style.split() for style in table["style"].astype(str)]
+    return np.array([[style.count(word) for word in words] for style in styles]).reshape(len(styles), len(words))
 
 
 def total_variation(p: np.ndarray, q: np.ndarray) -> float:
     """Total variation distance of two distributions, given as counts."""
     return 0.5 * float(np.abs(p / max(p.sum(), 1) - q / max(q.sum(), 1)).sum())
+
+
+def _tests(completions: pd.DataFrame) -> pd.DataFrame:
+    return completions[completions["split"] == "test"]
 
 
 def _pairs(names: list[str], baselines: list[str], present: dict) -> list[tuple[str, str]]:
@@ -303,7 +272,7 @@ def _resampled(table: pd.DataFrame, statistic: Callable[[pd.DataFrame, np.ndarra
     rng = np.random.default_rng(0)
     seed, prompt = (pd.factorize(table[column])[0] for column in ("seed", "prompt"))
     draws = []
-    for _ in range(FEW_RESAMPLES):
+    for _ in range(statistics.FEW_RESAMPLES):
         weights = [rng.multinomial(n := codes.max() + 1, np.full(n, 1 / n))[codes] for codes in (seed, prompt)]
         draws.append(statistic(table, (weights[0] * weights[1]).astype(float)))
     return statistic(table, np.ones(len(table))), *bounds(draws)

@@ -1,7 +1,4 @@
-"""Tuning with equal effort: gather the trials of results/tuning, choose each run's settings by code.
-
-Training one trial is in `run`. `write_choice` writes results/tuning.csv and results/chosen.yaml.
-"""
+"""Tuning with equal effort: gather the trials of results/tuning, which `run` trains, and choose each run's settings."""
 
 from pathlib import Path
 
@@ -19,8 +16,7 @@ HEADER = "# Chosen from results/tuning.csv: what each run adds to `train` in par
 
 def write_choice(results: Path = RESULTS) -> None:
     """Choose every run's settings, and the best soft Lagrangian and constrained variant, on validation prompts."""
-    tuning = read_yaml(EXPERIMENTS)["tuning"]
-    table = trials(results / "tuning")
+    tuning, table = read_yaml(EXPERIMENTS)["tuning"], trials(results / "tuning")
     chosen = best(table)
     write_table(table.assign(chosen=table.index.isin(chosen.index).astype(int)), results / "tuning.csv")
     runs = {"sft": {}} | {row["run"]: settings_of(row) for _, row in chosen.iterrows()}
@@ -28,10 +24,9 @@ def write_choice(results: Path = RESULTS) -> None:
         own = best(table[table["run"] == about["from"]], about.get("by", CRITERION))
         runs[run] = settings_of(own.iloc[0])
     methods = table["run"].map({run: about["method"] for run, about in tuning["trials"].items()})
-    leading = {
-        role: table.loc[table[methods.isin(of)][CRITERION].idxmax(), "run"] for role, of in tuning["best"].items()
-    }
-    content = yaml.safe_dump({"best": leading, "runs": runs}, sort_keys=False)
+    leading = {role: table.loc[table[methods.isin(of)][CRITERION].idxmax()] for role, of in tuning["best"].items()}
+    best_runs = {role: trial["run"] for role, trial in leading.items()}
+    content = yaml.safe_dump({"best": best_runs, "runs": runs}, sort_keys=False)
     write_text(HEADER + content, results / "chosen.yaml")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from replication.benchmark import PHASES, PROMPT_LENGTH, SIZES, benchmark, make_trainers
+from replication.benchmark import PROMPT_LENGTH, SIZES, benchmark, make_trainers
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -31,7 +31,7 @@ def test_the_table_has_every_phase_of_every_trainer_and_the_ratios(tmp_path, mon
     assert (table["min"] > 0).all()
     assert set(table["repeats"]) == {3}
     seconds = table[table["unit"] == "seconds"].pivot(index="trainer", columns="phase", values="max")
-    assert set(seconds.columns) == set(PHASES)
+    assert set(seconds.columns) == {"generation", "scoring", "update", "step"}
     assert list(seconds.index) == ["cmdp", "dual", "gkd-grpo", "trl-distillation", "trl-grpo"]
     ratios = table[table["unit"] == "ratio"].set_index("trainer")
     assert len(ratios) == 5
@@ -44,7 +44,6 @@ def test_every_trainer_has_the_same_tokens_to_do(tmp_path):
     rows = [{"prompt": " ".join([word] * PROMPT_LENGTH)} for word in ("w1", "w1", "w2", "w2")]
     trainers = make_trainers(TINY, rows, str(tmp_path))
     for trainer in trainers.values():
-        trainer.seconds = {}
         trainer.model.train()
         inputs = trainer._prepare_inputs(rows)
         assert inputs["completion_mask"].tolist() == [[1] * TINY["completion_length"]] * len(rows)

@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 from made_up import NAMES, completions
 from matplotlib import pyplot as plt
+from matplotlib.colors import to_hex
 
 from cmdp.methods import METHODS as TRAINED
 from cmdp.methods import TRL
-from cmdp.statistics import summarise
 from cmdp.storage import read_yaml, write_table
 from replication import plots, tables
 from replication.experiments import gather, rows
@@ -94,12 +94,12 @@ def points(axes) -> dict[str, np.ndarray]:
 
 def test_a_run_looks_like_its_method_and_runs_of_one_method_are_told_apart():
     assert set(plots.STYLES) == {"sft", *TRAINED, *TRL}
-    looks = {name: (tuple(np.round(STYLE[name].colour, 3)), STYLE[name].marker) for name in METHODS}
+    looks = {name: (to_hex(STYLE[name].colour), str(STYLE[name].marker)) for name in METHODS}
     for place in (0, 1):  # by colour, and for the colour-blind by marker
         assert len({look[place] for look in looks.values()}) >= len(looks) - 1
     assert len(set(looks.values())) == len(looks)
     assert {STYLE[f"gkd-grpo-{name}"].method for name in ("weak", "medium", "strong")} == {"gkd-grpo"}
-    assert looks["grpo"][0] == tuple(np.round(plots.STYLES["grpo"][0][0], 3))
+    assert looks["grpo"][0] == plots.STYLES["grpo"][0][0]
     assert STYLE["cmdp-k3"] == STYLE["cmdp"]  # at another setting
     assert STYLE["gkd-grpo-half"] == STYLE[SOFT]  # the run that it is tuned as
     assert {name for name in METHODS if STYLE[name].line == "--"} == set(AWARE)
@@ -137,12 +137,10 @@ def default(tmp_path, monkeypatch) -> Path:
     (tmp_path / "experiments.yaml").write_text(content)
     kept = {key: row for key, row in rows(ROOT / "experiments.yaml", "default").items() if row.name in NAMES}
     monkeypatch.setattr(plots, "rows", lambda part=None: kept if part else rows(ROOT / "experiments.yaml"))
-    results, made = tmp_path / "results", []
+    results = tmp_path / "results"
     for row in kept.values():
         table = completions().query("run == @row.name").drop(columns="run").assign(decoding="sampled", truncated=0)
         write_table(table, row.folder(results / "runs") / "completions.csv")
-        made.append(table.assign(run=row.name))
-    write_table(summarise(pd.concat(made), 2.0), results / "summary.csv")
     steps = pd.DataFrame({"step": range(1, 101), "task_reward": 0.5, "csr": 0.9, "cost/mean": 1.5})
     trained = [row.name for row in kept.values() if row.name != "sft"]
     write_table(pd.concat([steps.assign(run=run, seed=0) for run in trained]), results / "curves.csv")
@@ -153,22 +151,19 @@ def default(tmp_path, monkeypatch) -> Path:
 
 def test_every_default_figure_is_drawn_as_svg_and_png_and_byte_for_byte_again(default, tmp_path):
     for folder in ("once", "again"):
-        plots.draw_default(default, tmp_path / folder)
-    names = sorted(path.name for path in (tmp_path / "once").iterdir())
+        plots.draw("default", default, tmp_path / folder)
+    names = sorted(path.name for path in (tmp_path / "once" / "default").iterdir())
     figures = ("frontier", "cost_by_position", "cost_distribution", "training")
     assert names == sorted(f"{name}.{kind}" for name in figures for kind in ("svg", "png"))
     for name in names:
-        assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+        once, again = (tmp_path / folder / "default" / name for folder in ("once", "again"))
+        assert once.read_bytes() == again.read_bytes(), name
 
 
-def test_the_trade_off_stands_where_the_summary_says(default):
-    summary = pd.read_csv(default / "summary.csv")
-    axes = plots.trade_off(summary, STYLE, 2.0).axes[0]
-    table = summary.set_index(["run", "measure"])["mean"]
-    found = points(axes)
-    assert set(found) == set(summary["run"])
-    for run, (where,) in found.items():
-        assert where == pytest.approx([table[run, "csr"], table[run, "accuracy"]])
+def test_a_missing_table_of_the_default_experiment_is_one_clear_line(default, tmp_path):
+    (default / "curves.csv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"curves\.csv is missing: run `python -m replication tables`"):
+        plots.draw("default", default, tmp_path / "drawn")
 
 
 def test_no_marker_of_a_training_curve_hides_another(default):
@@ -196,22 +191,23 @@ def test_every_figure_of_the_study_is_drawn_and_byte_for_byte_again(study, tmp_p
         write_table(table, tmp_path / "study" / f"{name}.csv")
     shutil.copy(ROOT / "results" / "chosen.yaml", tmp_path)
     for folder in ("once", "again"):
-        plots.draw_study(tmp_path, tmp_path / folder)
-    names = sorted(path.name for path in (tmp_path / "once").iterdir())
+        plots.draw("study", tmp_path, tmp_path / folder)
+    names = sorted(path.name for path in (tmp_path / "once" / "study").iterdir())
     assert names == sorted(f"{name}.{kind}" for name in DRAWN for kind in ("svg", "png"))
     for name in names:
-        assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+        once, again = (tmp_path / folder / "study" / name for folder in ("once", "again"))
+        assert once.read_bytes() == again.read_bytes(), name
 
 
 def test_a_missing_table_is_one_clear_line_and_leaves_the_figures_alone(study, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    (tmp_path / "drawn").mkdir()
+    (tmp_path / "drawn" / "study").mkdir(parents=True)
     shutil.copy(ROOT / "results" / "chosen.yaml", tmp_path)
     for name in set(study) - {"strength"}:
         write_table(study[name], tmp_path / "study" / f"{name}.csv")
-    with pytest.raises(FileNotFoundError, match=r"strength\.csv is missing: `make study` writes"):
-        plots.draw_study(tmp_path, tmp_path / "drawn")
-    assert not list((tmp_path / "drawn").iterdir())
+    with pytest.raises(FileNotFoundError, match=r"strength\.csv is missing: run `python -m replication tables`"):
+        plots.draw("study", tmp_path, tmp_path / "drawn")
+    assert [path.name for path in tmp_path.glob("drawn/**/*")] == ["study"]
 
 
 def test_the_frontier_has_a_panel_a_budget_and_rims_what_was_trained_for_it(study):
@@ -240,8 +236,8 @@ def test_differences_are_those_to_the_best_soft_lagrangian_in_points(study):
     table = study["paired"].query("baseline == @SOFT")
     figure = plots.paired(study["paired"], STYLE, SOFT)
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert names == plots._ordered(STYLE, table["run"].unique())
-    for axes, measure in zip(figure.axes, plots.SHORT, strict=True):
+    assert names == [run for run in STYLE if run in set(table["run"])]
+    for axes, measure in zip(figure.axes, tables.COMPARED, strict=True):
         expected = 100 * table[table["measure"] == measure].set_index("run")["difference"]
         for run, (where,) in points(axes).items():
             assert where == pytest.approx([expected[run], names.index(run)])
@@ -251,7 +247,7 @@ def test_strengths_near_the_best_have_a_black_edge_and_every_strength_a_label(st
     figure = plots.sensitivity(study["strength"])
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["gkd-grpo", "cmdp", "cmdp-hinge"]
     axes = figure.axes[0]
-    edges = {bars.lines[0].get_xdata()[0]: bars.lines[0].get_markeredgecolor() for bars in axes.containers}
+    edges = {lam: line.get_markeredgecolor() for line, *_ in axes.containers for lam in line.get_xdata()}
     assert {lam for lam, edge in edges.items() if edge == "black"} == {0.1, 0.3}
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.01", "0.03", "0.1", "0.3", "1", "3"]
     single = study["strength"].query("method != 'cmdp-hinge' or lam == 1.0")  # a single strength has no range
