@@ -6,7 +6,6 @@ accelerator the tiles are TRL's kernels; on a CPU they are our own, which fit th
 """
 
 import functools
-import itertools
 import math
 from typing import NamedTuple
 
@@ -133,11 +132,11 @@ def _in_tiles(student_hidden, student_head, tokens, teacher_hidden, teacher_head
         return _LogitScores.apply(student_logits, teacher_logits, tokens, kind, jsd_beta)
 
     rows = max(1, TILE // len(student_head.weight))
-    inputs = student_hidden, teacher_hidden, tokens
-    columns = [itertools.repeat(None) if x is None else x.split(rows) for x in inputs]
-    if len(student_hidden) > rows and torch.is_grad_enabled():  # many tiles are computed again in the backward
+    tiles = student_hidden.split(rows)
+    others = [[None] * len(tiles) if x is None else x.split(rows) for x in (teacher_hidden, tokens)]
+    if len(tiles) > 1 and torch.is_grad_enabled():  # many tiles are computed again in the backward
         tile = functools.partial(checkpoint, tile, use_reentrant=False, preserve_rng_state=False)
-    return [torch.cat(column) for column in zip(*map(tile, *columns), strict=True)]
+    return [torch.cat(column) for column in zip(*map(tile, tiles, *others), strict=True)]
 
 
 class _LogitScores(torch.autograd.Function):
