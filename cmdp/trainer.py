@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_callback import ExportableState
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
@@ -99,6 +100,19 @@ class CMDPConfig(GRPOConfig):
             raise ValueError("Credit per token needs scale_rewards='none' and importance_sampling_level='token'.")
 
 
+class DualAscent(TrainerCallback, ExportableState):
+    """lambda, which dual ascent moves: checkpoints save it, and a resumed run goes on with it."""
+
+    def __init__(self, lam: float):
+        self.lam = lam
+
+    def state(self) -> dict:
+        return {"args": {"lam": self.lam}, "attributes": {}}
+
+    def on_train_begin(self, args, state, control, **_):
+        self.lam = state.stateful_callbacks[type(self).__name__]["args"]["lam"] if state.global_step else args.lam
+
+
 class CMDPTrainer(GRPOTrainer):
     """TRL's `GRPOTrainer`, which distils `teacher` into `model` under the budget of `args`. The models have one
     tokenizer, and the task reward is in [0, 1].
@@ -136,6 +150,7 @@ class CMDPTrainer(GRPOTrainer):
         if args.fp16:  # its gradient scaler takes no bfloat16, in which TRL holds the adapter of a 4-bit student
             for parameter in filter(lambda p: p.requires_grad, self.model.parameters()):
                 parameter.data = parameter.data.float()
+        self.add_callback(DualAscent(args.lam))
         # TRL would hide truncated completions from the scoring pass; `_leave_out_truncated` hides them from the loss
         self.mask_truncated_completions = False
 
@@ -270,11 +285,10 @@ class CMDPTrainer(GRPOTrainer):
         """What this step maximises: the budget, task_weight, long_term, and the settings of `modified_reward`. `excess`
         is C - d of the rollouts of all processes, by which dual ascent also moves the next step's lambda."""
         args, step, budget = self.args, self.state.global_step, self.args.budget
-        lam, saved = args.lam, self.state.stateful_callbacks  # part of a checkpoint
-        if args.dual_rate:
-            lam = saved.get("lambda", lam)
-            if self.model.training:
-                saved["lambda"] = max(0.0, lam + args.dual_rate * float(excess.mean()))
+        dual = next(callback for callback in self.callback_handler.callbacks if isinstance(callback, DualAscent))
+        lam = dual.lam
+        if args.dual_rate and self.model.training:
+            dual.lam = max(0.0, lam + args.dual_rate * float(excess.mean()))
         terms = {"form": args.reward_form, "lam": lam, "penalty": args.penalty, "discount": args.discount}
         soft = {"form": "lagrangian", "penalty": 0.0}
         if step < args.distil_steps:
