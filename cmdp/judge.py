@@ -10,13 +10,10 @@ import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from string import Template
-from threading import Lock
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from cmdp.statistics import interval
@@ -26,6 +23,7 @@ KEY = "JUDGE_API_KEY"
 RETRIES = 5  # by the client, with backoff or Retry-After: refused, reset, timed out, 408, 409, 429, 5xx
 ORDERS = {"a_first": ("completion_a", "completion_b", "1"), "b_first": ("completion_b", "completion_a", "2")}
 _WORD = re.compile(r"\[\[\s*(?:solution\s*)?(1|2|tie)\s*\]\]|verdict\W+(?:solution\s*)?(1|2|tie)\b(?=(\W*$)?)")
+_URL = re.compile(r"https?://(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[^?#@\s]*)?")
 
 
 class Endpoint(NamedTuple):
@@ -45,23 +43,20 @@ def judge(a: pd.DataFrame, b: pd.DataFrame, endpoint: Endpoint, template: str, f
         template: the judge's prompt with $problem, $first and $second, as judge_prompt.txt.
         folder: receives `replies.jsonl`, `verdicts.csv` (one row per pair) and `summary.json`.
 
-    Returns:
-        The summary: `win_rate` of A (mean over prompts, 95 % bootstrap interval) over pairs with a verdict in both
-        orders; `agreement`, the share of those with the same verdict twice; `first`, the share of decided verdicts for
-        the solution shown first; counts, also of what was left out.
-
-    Raises:
-        ValueError: malformed tables, template, endpoint or replies.jsonl; no pair has a verdict in both orders.
-        ConnectionError: the endpoint refused, or failed at every attempt. Earlier replies are kept.
+    Returns the summary: `win_rate` of A (mean over prompts, 95 % bootstrap interval) over pairs with a verdict in both
+    orders; `agreement`, the share of those with the same verdict twice; `first`, the share of decided verdicts for the
+    solution shown first; counts. Raises `ValueError` for malformed input or if no pair has a verdict in both orders,
+    `ConnectionError` if the endpoint refused, or failed at every attempt (earlier replies are kept).
     """
-    if missing := [name for name in ("problem", "first", "second") if name not in Template(template).get_identifiers()]:
+    question = Template(template)
+    if missing := [name for name in ("problem", "first", "second") if name not in question.get_identifiers()]:
         raise ValueError(f"The judge's prompt lacks ${', $'.join(missing)}.")
     pairs, unpaired = paired(a, b)
     same = pairs["completion_a"] == pairs["completion_b"]  # a tie without asking
     prompts = pairs[[]].copy()
     for order, (one, other, _) in ORDERS.items():
-        texts = zip(pairs["prompt"], pairs[one], pairs[other], strict=True)
-        prompts[order] = [Template(template).safe_substitute(problem=p, first=x, second=y) for p, x, y in texts]
+        named = pairs.rename(columns={"prompt": "problem", one: "first", other: "second"})
+        prompts[order] = [question.safe_substitute(row) for row in named.to_dict("records")]
     replies = ask(endpoint, prompts[~same].melt()["value"].tolist(), folder / "replies.jsonl", concurrency)
     for order, (_, _, ours) in ORDERS.items():  # scores of A, missing without a verdict
         said = prompts[order].map(lambda text: verdict(replies.get(text, "")))
@@ -69,33 +64,25 @@ def judge(a: pd.DataFrame, b: pd.DataFrame, endpoint: Endpoint, template: str, f
     pairs["score"] = pairs[[*ORDERS]].mean(axis=1, skipna=False)
     pairs.insert(0, "problem", pairs.groupby("prompt", sort=False).ngroup())
     write_table(pairs[["problem", "sample", *ORDERS, "score"]], folder / "verdicts.csv")
-    if pairs["score"].isna().all():
-        without = pairs[[*ORDERS]].isna().sum().sum()
+
+    judged, without = pairs.dropna(subset="score"), int(pairs[[*ORDERS]].isna().sum().sum())
+    if judged.empty:
         raise ValueError(f"No pair has a verdict in both orders: {without} replies had none. See {folder}.")
-    counts = {"identical_pairs": int(same.sum()), "unpaired_completions": unpaired}
-    made_with = endpoint._asdict() | {"prompt_sha256": hashlib.sha256(template.encode()).hexdigest()}
-    summary = _summary(pairs, pairs[~same]) | counts | made_with
+    score, asked = judged["score"], judged.query("completion_a != completion_b")
+    by_prompt = judged.groupby("prompt", sort=False)["score"].mean().to_numpy()[None]  # (1, prompts)
+    first = pd.concat([pairs["a_first"], 1 - pairs["b_first"]])[lambda share: share.isin([0, 1])]
+    shares = {"agreement": asked["a_first"] == asked["b_first"], "first": first}
+    summary = {
+        "win_rate": dict(zip(("mean", "low", "high"), (round(x, 4) for x in interval(by_prompt)), strict=True)),
+        **{"wins": int((score > 0.5).sum()), "ties": int((score == 0.5).sum()), "losses": int((score < 0.5).sum())},
+        **{name: round(float(share.mean()), 4) if len(share) else None for name, share in shares.items()},
+        **{"prompts": by_prompt.size, "pairs": len(pairs), "pairs_left_out": len(pairs) - len(judged)},
+        **{"replies_without_verdict": without, "identical_pairs": int(same.sum()), "unpaired_completions": unpaired},
+        **endpoint._asdict(),
+        "prompt_sha256": hashlib.sha256(template.encode()).hexdigest(),
+    }
     write_json(summary, folder / "summary.json")
     return summary
-
-
-def _summary(pairs: pd.DataFrame, asked: pd.DataFrame) -> dict:
-    """Win rate, agreement and counts of all pairs and of those that the judge was asked about."""
-    judged, asked = (table.dropna(subset="score") for table in (pairs, asked))
-    by_prompt = judged.groupby("prompt", sort=False)["score"].mean().to_numpy()[np.newaxis]
-    first = pd.concat([pairs["a_first"], 1 - pairs["b_first"]])[lambda score: score.isin([0, 1])]
-    shares = {"agreement": asked["a_first"] == asked["b_first"], "first": first}
-    return {
-        "win_rate": dict(zip(("mean", "low", "high"), (round(x, 4) for x in interval(by_prompt)), strict=True)),
-        "wins": int((judged["score"] > 0.5).sum()),
-        "ties": int((judged["score"] == 0.5).sum()),
-        "losses": int((judged["score"] < 0.5).sum()),
-        **{name: round(float(share.mean()), 4) if len(share) else None for name, share in shares.items()},
-        "prompts": by_prompt.size,
-        "pairs": len(pairs),
-        "pairs_left_out": len(pairs) - len(judged),
-        "replies_without_verdict": int(pairs[[*ORDERS]].isna().sum().sum()),
-    }
 
 
 def read_completions(path: Path) -> pd.DataFrame:
@@ -116,7 +103,7 @@ def paired(a: pd.DataFrame, b: pd.DataFrame) -> tuple[pd.DataFrame, int]:
         tables.append(table[["prompt", "completion"]].assign(sample=sample.astype(int)))
         if tables[-1].duplicated(["prompt", "sample"]).any():
             raise ValueError(f"Run {name} has several completions of one prompt with one sample index.")
-    pairs = tables[0].merge(tables[1], on=["prompt", "sample"], suffixes=("_a", "_b"))
+    pairs = pd.merge(*tables, on=["prompt", "sample"], suffixes=("_a", "_b"))
     if pairs.empty:
         raise ValueError("The two runs have no prompt in common: both must complete the same problems.")
     return pairs, len(a) + len(b) - 2 * len(pairs)
@@ -134,28 +121,25 @@ def verdict(reply: str) -> str | None:
 
 def ask(endpoint: Endpoint, prompts: list[str], path: Path, concurrency: int) -> dict[str, str]:
     """The judge's reply to each prompt: from the file at `path`, else from the endpoint and then appended to it."""
-    key = _check(endpoint)
-    known = read_replies(path)
+    key, known = _check(endpoint), read_replies(path)
     digests = {prompt: digest(endpoint, prompt) for prompt in prompts}
     to_ask = [prompt for prompt in digests if digests[prompt] not in known]
     print(f"{len(digests)} requests: {len(digests) - len(to_ask)} answered before, {len(to_ask)} to ask", flush=True)
-    if to_ask:
-        asker, lock = _asker(endpoint, key), Lock()
+    asker = _asker(endpoint, key) if to_ask else None
 
-        def answer(prompt: str) -> None:
-            try:
-                reply = _reply(asker, prompt, key)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)  # requests under way finish and are kept
-                raise
-            with lock:
-                lines.write(json.dumps({"key": digests[prompt], "model": endpoint.model, **reply}) + "\n")
-                lines.flush()
-                os.fsync(lines.fileno())
-                known[digests[prompt]] = reply["reply"]
+    def answer(prompt: str) -> None:
+        try:
+            reply = asker(prompt)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # requests under way finish and are kept
+            raise
+        line = json.dumps({"key": digests[prompt], "model": endpoint.model, **reply}) + "\n"
+        lines.write(line.encode())  # unbuffered and appended: whole, whichever thread writes
+        os.fsync(lines.fileno())
+        known[digests[prompt]] = reply["reply"]
 
-        with open(path, "a") as lines, ThreadPoolExecutor(concurrency) as pool:
-            list(pool.map(answer, to_ask))
+    with open(path, "ab", buffering=0) as lines, ThreadPoolExecutor(concurrency) as pool:
+        list(pool.map(answer, to_ask))
     return {prompt: known[digests[prompt]] for prompt in digests}
 
 
@@ -168,11 +152,10 @@ def digest(endpoint: Endpoint, prompt: str) -> str:
 def read_replies(path: Path) -> dict[str, str]:
     """The stored replies by digest; a last line cut off by a crash is removed. Raises `ValueError` for other damage."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = path.read_bytes() if path.is_file() else b""
+    content, replies = path.read_bytes() if path.is_file() else b"", {}
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
         os.truncate(path, len(whole))
-    replies = {}
     for row, line in enumerate(whole.splitlines(), 1):
         try:
             record = json.loads(line)
@@ -189,10 +172,8 @@ def _check(endpoint: Endpoint) -> str:
         raise ValueError('The options of each request are a JSON object, such as {"temperature": 0}.')
     if re.search(r"[^!-~]", key) or hide(key, json.dumps(endpoint)) != json.dumps(endpoint):
         raise ValueError(f"{KEY} holds something that is no API key, or that the endpoint's URL or options repeat.")
-    if not re.fullmatch(r"https?://(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[^?#@\s]*)?", endpoint.url):
-        raise ValueError(
-            f"The endpoint is a URL like http://localhost:8000/v1, without user and query; the key: {KEY}."
-        )
+    if not _URL.fullmatch(endpoint.url):
+        raise ValueError(f"The endpoint is a URL like http://localhost:8000/v1, without user or query; the key: {KEY}.")
     return key
 
 
@@ -202,35 +183,35 @@ def hide(key: str, text: str) -> str:
 
 
 def _asker(endpoint: Endpoint, key: str):
-    """`messages -> completion` by OpenAI's client. It follows no redirect, which would take the key to another host;
-    what the environment holds for OpenAI itself is not sent."""
+    """A function of a prompt: `finish_reason` and `reply`, its text without the key, by OpenAI's client. It follows no
+    redirect, which would take the key to another host, and sends nothing that the environment holds for OpenAI itself.
+    It raises `ConnectionError` with one line."""
     try:
         from openai import DefaultHttpxClient, Omit, OpenAI
     except ImportError as error:
         raise ValueError("Asking a judge needs the package openai: `pip install openai`.") from error
     transport = {"timeout": endpoint.timeout, "http_client": DefaultHttpxClient(follow_redirects=False)}
     client = OpenAI(base_url=endpoint.url, api_key=key or "none", max_retries=RETRIES, **transport)
-    names = [line.partition(":")[0].strip().lower() for line in os.environ.get("OPENAI_CUSTOM_HEADERS", "").split("\n")]
-    headers = dict.fromkeys(("authorization", "openai-organization", "openai-project", *filter(None, names)), Omit())
-    headers |= {"authorization": f"Bearer {key}"} if key else {}
+    sent = {"Content-Type": "application/json", "Authorization": f"Bearer {key}" if key else Omit()}
+    headers = dict.fromkeys(client.default_headers, Omit()) | sent
     fixed = {"model": endpoint.model, "extra_body": endpoint.options, "extra_headers": headers}
-    return partial(client.chat.completions.create, **fixed)
 
+    def reply(prompt: str) -> dict[str, str | None]:
+        for _ in range(3):  # again where the answer is malformed
+            try:
+                message = {"role": "user", "content": prompt}
+                choice = client.chat.completions.create(messages=[message], **fixed).choices[0]
+                text = choice.message.content or ""
+                if isinstance(text, list):  # in parts, whose thinking is not the reply
+                    text = "".join(part["text"] for part in text if part["type"] == "text")
+                return {"finish_reason": choice.finish_reason, "reply": hide(key, text + "")}
+            except Exception as error:
+                problem = f"{error!r} {error.__cause__ or ''}"
+                if answer := getattr(error, "response", None):
+                    problem = f"status {answer.status_code}, {answer.text}"
+                if type(error).__module__.startswith("openai"):  # after the client's own retries
+                    break
+        problem = " ".join(hide(key, problem).split())[:300]
+        raise ConnectionError(f"The judge gave no chat completion: {problem}. The same command resumes.")
 
-def _reply(asker, prompt: str, key: str) -> dict[str, str | None]:
-    """`finish_reason` and `reply`, its text, without the key. Raises `ConnectionError` with one line."""
-    for _ in range(3):  # again where the answer is malformed
-        try:
-            choice = asker(messages=[{"role": "user", "content": prompt}]).choices[0]
-            text = choice.message.content or ""
-            if isinstance(text, list):  # in parts, whose thinking is not the reply
-                text = "".join(part["text"] for part in text if part["type"] == "text")
-            return {"finish_reason": choice.finish_reason, "reply": hide(key, text + "")}
-        except Exception as error:
-            problem = f"{error!r} {error.__cause__ or ''}"
-            if answer := getattr(error, "response", None):
-                problem = f"status {answer.status_code}, {answer.text}"
-            if type(error).__module__.startswith("openai"):  # after the client's own retries
-                break
-    problem = " ".join(hide(key, problem).split())[:300]
-    raise ConnectionError(f"The judge gave no chat completion: {problem}. The same command resumes.")
+    return reply
