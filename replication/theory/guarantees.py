@@ -28,9 +28,8 @@ def penalty_bound(parameters: dict) -> dict[str, pd.DataFrame]:
     trees = trees._replace(teacher=torch.stack([nearest, 1 - nearest], -1).log())
     every = torch.cartesian_prod(grid, grid, grid)  # (P, S)
     policies = torch.stack([every, 1 - every], -1).log().expand(settings["trees"], -1, -1, -1)
-    lambdas = np.geomspace(*parameters["soft_lambdas"])
-    students = {"any policy": exact.outcomes(trees, policies, budget)}
-    students["one parameter"] = soft_outcomes(exact.make_trees(parameters), lambdas, budget)
+    tilts = exact.make_trees(parameters), np.geomspace(*parameters["soft_lambdas"])
+    students = {"any policy": exact.outcomes(trees, policies, budget), "one parameter": soft_outcomes(*tilts, budget)}
     students["per token"] = two_tokens(settings["per_token"], settings["fine"])
     for case, found in students.items():
         within, violation = found["within"], found["violation"]  # (N, policies)

@@ -17,11 +17,7 @@ def signal(
     method: str, reward: Tensor, cost: Tensor, mask: Tensor, budget: Tensor, strength: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The returns of the policy gradient, (B,) for the whole sequence or (B, T) per token, and the weight with which
-    each step's divergence is descended, (B, T).
-
-    Args:
-        reward: R, (B,); cost, mask: (B, T); budget, strength: (B,). The strength of `dual` is its multiplier.
-    """
+    each step's divergence is descended, (B, T), from R, (B,), cost and mask, (B, T), budget and strength, (B,)."""
     on = mask.to(cost.dtype)
     if method == "grpo":
         return reward, torch.zeros_like(on)
@@ -77,7 +73,9 @@ def learn(
     """Train one student per row from the logits `start` and return their logits, (N, S, V).
 
     Args:
-        budget: d; strength: of the parameter that `LEARNERS` names; learning_rate: Adam's, falling linearly to 0; (N,).
+        budget: d, (N,).
+        strength: the parameter that `LEARNERS` names, (N,); of `dual` the step of its multiplier.
+        learning_rate: Adam's, falling linearly to 0, (N,).
         samples: G sequences per row and step; 0 for the exact gradient.
         margin: methods named so aim at (1 - margin) d.
         bins: the number of values of z that `saute-augmented` distinguishes.
@@ -102,9 +100,8 @@ def learn(
             drawn = torch.multinomial(weight, samples, replacement=True, generator=generator)  # (N, G)
             weight = torch.full_like(weight[:, :1], 1 / samples)
         group, reward = drawn.shape[1], trees.reward.gather(1, drawn).flatten()
-        logp, cost, mask = (
-            x.reshape(-1, depth) for x in (logp[rows, drawn], cost[rows, drawn], trees.paths.mask[drawn])
-        )
+        drawn_steps = logp[rows, drawn], cost[rows, drawn], trees.paths.mask[drawn]
+        logp, cost, mask = (x.reshape(-1, depth) for x in drawn_steps)
         phi = (cost - (budget / depth).repeat_interleave(group)[:, None]).clamp(min=0) if worst_case else cost
         each = (x.repeat_interleave(group) for x in (aim, own))
         returns, phi_weight = signal(method, reward, phi.detach(), mask, *each)
@@ -112,11 +109,9 @@ def learn(
             index = (trees.paths.state * policy.shape[-1] + trees.paths.action)[drawn].flatten(1)
             teacher = trees.teacher.flatten(1).gather(1, index).view(-1, depth)
             phi = sampled_divergence(logp, torch.where(mask != 0, teacher, 0.0), "k2")
-        if returns.dim() == 1 and samples:
-            returns = group_advantages(returns, samples)[:, None]
-        elif returns.dim() == 1:  # with all sequences at hand the baseline is the mean itself
-            returns = returns.view(number, group)
-            returns = (returns - (weight * returns).sum(1, keepdim=True)).view(-1, 1)
+        if returns.dim() == 1:  # less a baseline: the group's mean or, with all sequences at hand, the exact mean
+            mean = (weight * returns.view(number, group)).sum(1).repeat_interleave(group)
+            returns = (group_advantages(returns, samples) if samples else returns - mean)[:, None]
         objective = (weight * (returns * logp - phi_weight * phi).sum(1).view(number, group)).sum()
         (gradient,) = torch.autograd.grad(objective, table)
 

@@ -54,8 +54,7 @@ class Sequences(NamedTuple):
 
 def enumerate_paths(vocab: int, depth: int, eos: bool = True) -> Paths:
     """Every prefix and every sequence of at most `depth` tokens; with `eos`, token V - 1 ends a sequence early."""
-    child, ends = [], []
-    prefixes: list[tuple[tuple[int, int, int], ...]] = [()]
+    child, ends, prefixes = [], [], [()]
     for state, prefix in enumerate(prefixes):  # grows while it is read: breadth first
         child.append([])
         for action in range(vocab):

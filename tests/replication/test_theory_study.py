@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+from cmdp.storage import read_yaml, write_json
+from replication import theory
 from replication.theory import LEARNERS, OURS, plots, run, tables
 from replication.theory.contest import against_optimum, trials
 from replication.theory.optimum import best_soft
@@ -69,6 +72,18 @@ def test_the_same_parameters_give_the_same_bytes(results, tmp_path):
     assert len(names) > 10
     for name in names:
         assert (results / name).read_bytes() == (tmp_path / name).read_bytes(), name
+
+
+def test_the_stage_runs_the_study_with_its_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(theory, "RESULTS", tmp_path)
+    monkeypatch.setattr(theory, "run", lambda parameters, folder: write_json(parameters, folder / "summary.json"))
+    (tmp_path / "theory").mkdir()
+    (tmp_path / "theory" / "stale.csv").touch()
+    theory.write()
+    (written,) = (tmp_path / "theory").iterdir()  # the folder is replaced as a whole
+    settings = json.loads(written.read_text())
+    assert settings == read_yaml(Path(theory.__file__).with_name("params.yaml"))
+    assert set(settings) == set(TINY)
 
 
 def test_another_seed_gives_other_trees(results):
