@@ -59,7 +59,13 @@ def read(source: str | Path, split: str, hub: Mapping[str, tuple], fields: tuple
             ) from error
     elif files:
         try:
-            rows = [row for file in files for row in _read_file(file)]
+            if files[0].suffix == ".parquet":
+                from pyarrow.parquet import read_table
+
+                rows = read_table(files).to_pylist()
+            else:
+                lines = files[0].read_text(encoding="utf-8").split("\n")
+                rows = [json.loads(line) for line in lines if line.strip()]
         except ValueError as error:  # neither UTF-8 nor JSON, or no parquet
             raise ValueError(f"{files[0]} is neither JSONL, one problem per line, nor parquet: {error}") from error
     else:
@@ -68,14 +74,6 @@ def read(source: str | Path, split: str, hub: Mapping[str, tuple], fields: tuple
         if missing := [name for name in fields if not isinstance(row, dict) or not isinstance(row.get(name), str)]:
             raise ValueError(f"Problem {index} of {source} ({split}) has no text in {missing}.")
     return rows
-
-
-def _read_file(path: Path) -> list[dict]:
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(path).to_pylist()
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def cut(train: list[dict], test: list[dict], sizes: Mapping[str, int | None], seed: int) -> dict[str, list[dict]]:
@@ -88,9 +86,8 @@ def cut(train: list[dict], test: list[dict], sizes: Mapping[str, int | None], se
     for row in train:
         if (question := key(row["question"])) not in tests:
             pool.setdefault(question, row)
-    held_out, rest = list(tests.values()), list(pool.values())
+    held_out, rest, splits = list(tests.values()), list(pool.values()), {}
     random.Random(seed).shuffle(rest)
-    splits = {}
     for name, size in sizes.items():
         left = held_out if name == "test" else rest
         if size is not None and size > len(left):

@@ -194,8 +194,8 @@ def _evaluate(node: ast.expr) -> Fraction:
             return -_evaluate(node.operand)
         case ast.BinOp():
             a, b = _evaluate(node.left), _evaluate(node.right)
-            is_power = isinstance(node.op, ast.Pow)
-            value = None if is_power and (b.denominator != 1 or abs(b) > 60) else _OPERATORS[type(node.op)](a, b)
-            if value is not None and max(map(int.bit_length, value.as_integer_ratio())) <= LARGEST:
-                return value
+            if not isinstance(node.op, ast.Pow) or (b.denominator == 1 and abs(b) <= 60):
+                value = _OPERATORS[type(node.op)](a, b)
+                if max(map(int.bit_length, value.as_integer_ratio())) <= LARGEST:
+                    return value
     raise ValueError("no arithmetic, or too large")

@@ -96,9 +96,9 @@ def lock_down() -> None:
         return Float(text) if "." in text else Integer(text)
 
     for module in list(sys.modules.values()):
-        for name, replacement in (("lambdify", refuse), ("parse_expr", read_number)):
+        for name, harmless in (("lambdify", refuse), ("parse_expr", read_number)):
             if name in getattr(module, "__dict__", {}):
-                setattr(module, name, replacement)
+                setattr(module, name, harmless)
     for kind, limit in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NPROC, 0)):
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(kind, (limit, limit))
