@@ -2,9 +2,9 @@
 
     Natalia sold 48/2 = 24 clips in May, so 48 + 24 = 72 altogether.
 
-Read are calculator annotations (`<<48/2=24>>`) and equations wholly of numbers, + - * / ^ × ÷ ( ) and %, where neither
-the words before ("half of 10 + 3") nor those after ("= 3 remainder 2") may change them. Values are exact fractions. A
-right side with k decimals is the left one rounded or cut to k decimals; a whole number is exact, unless the sign is ≈.
+Read are calculator annotations (`<<48/2=24>>`) and equations wholly of numbers, + - * / ^ × ÷ ( ) and %, where no word
+beside them ("half of 10 + 3", "= 3 remainder 2") may change them. Values are exact. A right side with k decimals is the
+left one rounded or cut to k decimals; a whole number is exact, unless the sign is ≈.
 """
 
 import ast
@@ -75,11 +75,8 @@ def equations(text: str) -> list[Equation]:
 
 def annotations(text: str) -> list[Equation | str]:
     """The calculator annotations of a text: each as its equations, or as it stands where it cannot be read."""
-    found: list[Equation | str] = []
-    for inside in _ANNOTATION.findall(text[:LONGEST]):
-        read = _equations(inside)
-        found += read if read and None not in read else [inside]
-    return found
+    found = [(_equations(inside), inside) for inside in _ANNOTATION.findall(text[:LONGEST])]
+    return [one for read, inside in found for one in (read if read and None not in read else [inside])]
 
 
 def without_annotations(text: str) -> str:
