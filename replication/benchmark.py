@@ -31,16 +31,13 @@ SIZES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="u
 
 
 def benchmark(name: str, results: Path = RESULTS) -> None:
-    """Time the trainers at the sizes `name` and write `results`/benchmark/NAME.csv. Raises `ValueError` if unknown."""
+    """Time steps of every trainer at the sizes `name` and write `results`/benchmark/NAME.csv: a row per trainer and
+    phase, in seconds, and per ratio of `cmdp` to another's step of the same turn, with median, least and greatest over
+    the turns, the median's bootstrapped 95 % interval (low, high), library versions and the processor. Raises
+    `ValueError` if there are no such sizes."""
     if name not in SIZES:
         raise ValueError(f"There is no benchmark {name!r}. Benchmarks: {', '.join(SIZES)}.")
-    write_table(measure(SIZES[name]), results / "benchmark" / f"{name}.csv")
-
-
-def measure(sizes: dict) -> pd.DataFrame:
-    """Time steps of every trainer at `sizes`, laid out as in benchmark.yaml: a row per trainer and phase, in seconds,
-    and per ratio of `cmdp` to another's step of the same turn, with median, least and greatest over the turns, the
-    median's bootstrapped 95 % interval (low, high), library versions and the processor."""
+    sizes = SIZES[name]
     (prompts, group), (repeats, warmup), turns = sizes["batch"], sizes["turns"], []
     rows = [{"prompt": " ".join([f"w{i}"] * PROMPT_LENGTH)} for i in range(prompts) for _ in range(group)]
     with TemporaryDirectory() as folder:
@@ -52,15 +49,16 @@ def measure(sizes: dict) -> pd.DataFrame:
     seconds = {name: pd.DataFrame([turn[name] for turn in turns[warmup:]]) for name in names}  # a row per turn
     steps = pd.DataFrame({name: table["step"] for name, table in seconds.items()})
     steps["slower of TRL's"] = steps[["trl-grpo", "trl-distillation"]].max(axis=1)
-    for name in steps.columns.drop("cmdp"):
-        seconds[f"cmdp / {name}"] = pd.DataFrame({"step": steps["cmdp"] / steps[name]})
+    for other in steps.columns.drop("cmdp"):
+        seconds[f"cmdp / {other}"] = pd.DataFrame({"step": steps["cmdp"] / steps[other]})
     measured = pd.concat(seconds, axis=1)
     ends = bootstrap((measured,), np.median, axis=0, method="percentile", rng=0).confidence_interval
     table = measured.agg(["median", "min", "max"]).T.assign(low=ends.low, high=ends.high)
     table = table.rename_axis(["trainer", "phase"]).reset_index()
-    table.insert(2, "unit", ["ratio" if "/" in name else "seconds" for name in table["trainer"]])
-    libraries = {name: provenance()["libraries"][name] for name in ("torch", "trl")}
-    return table.assign(repeats=repeats, **libraries, device=device_name(pick_device(sizes["use_cpu"])))
+    table.insert(2, "unit", ["ratio" if "/" in trainer else "seconds" for trainer in table["trainer"]])
+    libraries = {library: provenance()["libraries"][library] for library in ("torch", "trl")}
+    about = {"repeats": repeats, **libraries, "device": device_name(pick_device(sizes["use_cpu"]))}
+    write_table(table.assign(**about), results / "benchmark" / f"{name}.csv")
 
 
 def make_trainers(sizes: dict, rows: list[dict], folder: str) -> dict:
@@ -108,15 +106,12 @@ def make_trainers(sizes: dict, rows: list[dict], folder: str) -> dict:
 @contextlib.contextmanager
 def _clock(seconds: dict[str, float], name: str) -> Iterator[None]:
     """Leave the seconds that a block, or a function so decorated, takes in `seconds` as `name`."""
-    start = _now()
+    finish = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    finish()
+    start = time.perf_counter()
     yield
-    seconds[name] = _now() - start
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    finish()
+    seconds[name] = time.perf_counter() - start
 
 
 def _step(trainer, rows: list[dict]) -> dict[str, float]:

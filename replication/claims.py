@@ -108,11 +108,11 @@ def win_rate(study: Study, claim: dict) -> tuple[str, dict]:
 def at_similar_csr(study: Study, claim: dict) -> tuple[str, dict]:
     """A gain where the CSR is similar; elsewhere both differences must agree."""
     found, csr = (study.minus(SUBJECT, claim["baselines"][0], measure) for measure in (claim["measure"], "csr"))
-    alike = abs(csr[0]) <= study.settings["alike"]
-    both = (min(found[1], csr[1]), max(found[2], csr[2]), 0)
-    unlike = "" if alike else ": the constraint adherence is not similar"
-    verdict = gain(*found[1:], claim["gain"]) if alike else gain(*both)
-    return verdict, {"found": points(found), "csr": points(csr), "unlike": unlike}
+    said = {"found": points(found), "csr": points(csr), "unlike": ""}
+    if abs(csr[0]) <= study.settings["alike"]:
+        return gain(*found[1:], claim["gain"]), said
+    both = gain(min(found[1], csr[1]), max(found[2], csr[2]), 0)
+    return both, said | {"unlike": ": the constraint adherence is not similar"}
 
 
 def competitive(study: Study, claim: dict) -> tuple[str, dict]:
@@ -206,9 +206,8 @@ def conditions(study: Study) -> dict[str, str]:
     at = f"arithmetic, budget {study.budget:g} nats, {study.runs['test'][SUBJECT]['seed'].nunique()} seeds"
     shares = {name: f"{100 * value:g}" for name, value in (given | {"near": 1 - given["near"]}).items()}
     tuned = f"{at}; {effort(study.trials, SUBJECT)}, {effort(study.trials, SOFT)}"
-    spread, turns = f"{seeds.min()} to {seeds.max()}", study.benchmark["repeats"].iloc[0]
-    own = {"soft": study.soft, "variant": study.ours, "budget": f"{study.budget:g}"}
-    return shares | own | {"at": at, "tuned": tuned, "turns": turns, "seeds": spread}
+    own = {"soft": study.soft, "variant": study.ours, "budget": f"{study.budget:g}", "at": at, "tuned": tuned}
+    return shares | own | {"turns": study.benchmark["repeats"].iloc[0], "seeds": f"{seeds.min()} to {seeds.max()}"}
 
 
 def judge(study: Study, claims: list[dict] = CLAIMS) -> pd.DataFrame:

@@ -52,11 +52,10 @@ def draw(subject: str, results: Path = RESULTS, folder: Path = FIGURES) -> None:
     `ValueError` for another subject, `FileNotFoundError` where a table or a run is not in `results`."""
     from replication.theory.plots import draw_all as draw_theory  # which imports this module's style
 
-    makers = {"default": _default, "study": _study, "theory": None}
-    if subject not in makers:
-        raise ValueError(f"There are figures of {', '.join(makers)}, not of {subject!r}.")
     if subject == "theory":
         return draw_theory(results / "theory", folder / "theory")
+    if subject not in (makers := {"default": _default, "study": _study}):
+        raise ValueError(f"There are figures of {', '.join(makers)}, theory, not of {subject!r}.")
     with whole(folder / subject) as made, sns.axes_style("whitegrid"), sns.plotting_context("paper", font_scale=1.1):
         for name, figure in makers[subject](results).items():
             save(figure, made, name)
@@ -102,9 +101,6 @@ def save(figure: plt.Figure, folder: Path, name: str) -> None:
         figure.savefig(folder / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
         figure.savefig(folder / f"{name}.png", bbox_inches="tight", dpi=160)
     plt.close(figure)
-
-
-# ---- the default experiment; `frontier` is drawn of it, too ----
 
 
 def cost_by_position(positions: pd.DataFrame, style: Style, budget: float) -> plt.Figure:
@@ -163,9 +159,6 @@ def token_ledger(ledger: pd.DataFrame, budget: float) -> plt.Figure:
     bottom.set(ylabel=f"remaining of {budget:g}")
     bottom.set_xticks(place, ledger["token"], rotation=90, family="monospace")
     return figure
-
-
-# ---- the study ----
 
 
 def frontier(table: pd.DataFrame, style: Style, target: float) -> plt.Figure:
@@ -297,9 +290,6 @@ def drift(table: pd.DataFrame, style: Style) -> plt.Figure:
             _point(axes, run, look, own["run"].map(cost), own[ENDS if large else "mean"].T, **options)
         axes.set_xlabel("cost (nats)" if axes.get_subplotspec().is_last_row() else "")
     return _legend(figure, style)
-
-
-# ---- parts of figures ----
 
 
 def _by_run(table: pd.DataFrame, style: Style, column: str = "run") -> Iterator[tuple[str, Look, pd.DataFrame]]:

@@ -28,12 +28,12 @@ def filled(path: Path, results: Path = RESULTS) -> str:
     if the file lacks a marker."""
     text = path.read_text(encoding="utf-8")
     for name, table in FILES[str(path)].items():
-        begin, end = f"<!-- {name}: generated -->\n", f"<!-- {name}: end -->"
-        if begin not in text or end not in text:
-            raise ValueError(f"{path} lacks the markers of {name!r}: add {begin.strip()} and {end}.")
+        begin, end = f"<!-- {name}: generated -->\n", f"\n<!-- {name}: end -->"
         before, _, rest = text.partition(begin)
+        if end not in rest:
+            raise ValueError(f"{path} lacks the markers of {name!r}: add {begin.strip()} and {end.strip()}.")
         try:
-            text = f"{before}{begin}{table(results)}\n{end}{rest.partition(end)[2]}"
+            text = f"{before}{begin}{table(results)}{end}{rest.partition(end)[2]}"
         except FileNotFoundError as error:
             print(f"{path}: the table {name} stays as it is. {error}")
     return text

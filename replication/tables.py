@@ -106,7 +106,9 @@ def summary(completions: pd.DataFrame, runs: dict[str, Row], budget: float) -> p
         values = {name: interval(cells(test, column)) for name, column in MEASURES.items()}
         for name in ("accuracy", "csr", "validity") if len(longer) else ():
             values[f"longer_{name}"] = interval(cells(longer, MEASURES[name]))
-        values["diversity"] = interval(_distinct(test))
+        styles = test.groupby(["seed", "prompt"])["style"].agg(["nunique", "size"])
+        varied = (styles["nunique"] - 1) / (styles["size"] - 1).clip(lower=1)  # 0: phrased alike, 1: all differently
+        values["diversity"] = interval(varied.unstack("prompt").to_numpy())
         values["calibration_error"] = _resampled(test, calibration_error)
         if len(teacher):
             used = phrasings(test, words)
@@ -151,11 +153,10 @@ def paired(
     """Every run of `names` minus every one of `baselines`, measure by measure, where both were run, at a budget in nats
     per trajectory; as many `comparisons` share the 5 %, by default one for each of `names`."""
     level = 1 - 0.05 / (comparisons or len(names))
-    by_run, found = dict(list(with_budget(_tests(completions), budget).groupby("run"))), []
-    for run, baseline in _pairs(names, baselines, by_run):
-        for measure in COMPARED:
-            values = difference(by_run[run], by_run[baseline], MEASURES[measure], level, MANY_RESAMPLES)
-            found.append((run, baseline, measure, *values))
+    found = []
+    for run, baseline, *both in _pairs(with_budget(_tests(completions), budget), names, baselines):
+        values = {name: difference(*both, MEASURES[name], level, MANY_RESAMPLES) for name in COMPARED}
+        found += [(run, baseline, name, *value) for name, value in values.items()]
     return pd.DataFrame(found, columns=["run", "baseline", "measure", "difference", "low", "high", "seeds"])
 
 
@@ -171,11 +172,10 @@ def wins(
 ) -> pd.DataFrame:
     """Reasoning win rate, judged by program: of two derivations of one problem the valid one wins; where both or
     neither are, a tie counts half. The order of the two does not enter."""
-    tests = _tests(completions)
+    tests, found = _tests(completions), []
     tests = tests.assign(sample=tests.groupby(["run", "seed", "prompt"]).cumcount())
-    by_run, found = dict(list(tests.groupby("run"))), []
-    for run, baseline in _pairs(names, baselines, by_run):
-        pairs = by_run[run].merge(by_run[baseline], on=["seed", "prompt", "sample"], suffixes=("", "_baseline"))
+    for run, baseline, ours, theirs in _pairs(tests, names, baselines):
+        pairs = ours.merge(theirs, on=["seed", "prompt", "sample"], suffixes=("", "_baseline"))
         score = 0.5 + 0.5 * (pairs["valid"] - pairs["valid_baseline"])
         rate = interval(cells(pairs.assign(score=score), "score"), level=level, resamples=resamples)
         found.append((run, baseline, *rate, float((score == 0.5).mean()), pairs["seed"].nunique()))
@@ -223,11 +223,8 @@ def violation(completions: pd.DataFrame, names: list[str], budget: float) -> pd.
 
 
 def timing(times: pd.DataFrame, runs: dict[str, Row]) -> pd.DataFrame:
-    """Seconds per training step: median, least and greatest over a run's seeds, and the ratio to the soft Lagrangian.
-
-    A seed's time is the sum of its phases' medians, which an interrupted run has too, or, for a trainer that logs no
-    phases, the mean over the whole run.
-    """
+    """Seconds per training step: median, least and greatest over a run's seeds, and the ratio to the soft Lagrangian. A
+    seed's time is the sum of its phases' medians, or of a trainer that logs no phases the mean over the run."""
     seconds = times.filter(like="time/").sum(axis=1, min_count=1).fillna(times["seconds"] / times["steps"])
     grouped = seconds.where(times["seconds"] > 0).groupby(times["run"], sort=False)
     table = grouped.agg(seconds="median", low="min", high="max").dropna().reset_index()
@@ -257,14 +254,11 @@ def _tests(completions: pd.DataFrame) -> pd.DataFrame:
     return completions[completions["split"] == "test"]
 
 
-def _pairs(names: list[str], baselines: list[str], present: dict) -> list[tuple[str, str]]:
-    return [(a, b) for a in names for b in baselines if a in present and b in present and a != b]
-
-
-def _distinct(table: pd.DataFrame) -> np.ndarray:
-    """How varied the completions of a prompt are, from 0 (phrased alike) to 1 (all differently): (seeds, prompts)."""
-    styles = table.groupby(["seed", "prompt"])["style"].agg(["nunique", "size"])
-    return ((styles["nunique"] - 1) / (styles["size"] - 1).clip(lower=1)).unstack("prompt").to_numpy()
+def _pairs(table: pd.DataFrame, names: list[str], baselines: list[str]) -> list[tuple]:
+    """(run, baseline, completions of the run, of the baseline) of each two that were run."""
+    by_run = dict(list(table.groupby("run")))
+    both = [(a, b) for a in names for b in baselines if a != b and {a, b} <= set(by_run)]
+    return [(run, baseline, by_run[run], by_run[baseline]) for run, baseline in both]
 
 
 def _resampled(table: pd.DataFrame, statistic: Callable[[pd.DataFrame, np.ndarray], float]) -> tuple:

@@ -160,6 +160,15 @@ def test_every_default_figure_is_drawn_as_svg_and_png_and_byte_for_byte_again(de
         assert once.read_bytes() == again.read_bytes(), name
 
 
+def test_the_default_frontier_stands_where_the_completions_say(default):
+    (axes,) = plots._default(default)["frontier"].axes
+    table = gather("completions", plots.rows(part="default"), default / "runs").query("split == 'test'")
+    found, means = points(axes), table.assign(csr=table["cost"] <= 2.0).groupby("run")[["csr", "correct"]].mean()
+    assert set(found) == set(means.index)
+    for run, (where,) in found.items():
+        assert where == pytest.approx(means.loc[run].to_numpy(dtype=float))
+
+
 def test_a_missing_table_of_the_default_experiment_is_one_clear_line(default, tmp_path):
     (default / "curves.csv").unlink()
     with pytest.raises(FileNotFoundError, match=r"curves\.csv is missing: run `python -m replication tables`"):
