@@ -37,7 +37,7 @@ def trained(
     sizes = {name: sizes[name] for name in ("steps", "samples", "margin", "bins")}
     logits = learn(many, start, limits, method, strength, rate, generator=source, **sizes)
     rows = {"budget": budgets.repeat_interleave(number), "tree": [*range(number)] * count}
-    rows |= dict(zip(("strength", "learning_rate"), trials.repeat(number, axis=0).T, strict=True))
+    rows |= {"strength": np.repeat(trials[:, 0], number), "learning_rate": np.repeat(trials[:, 1], number)}
     found = outcome(many, logits, limits[:, None])
     return pd.DataFrame(rows | {name: value.view(number, -1).T.flatten() for name, value in found.items()})
 
@@ -98,6 +98,7 @@ def against_optimum(optimum: pd.DataFrame, judged: pd.DataFrame, seed: int) -> p
             if baseline := measured.get((variant, "gkd-grpo")):
                 values = values | {f"{name}_gain": values[name] - baseline[name] for name in values}
             for name, value in values.items():
-                row |= dict(zip((name, f"{name}_low", f"{name}_high"), (value[0], *bounds(value[1:])), strict=True))
+                low, high = bounds(value[1:])
+                row |= {name: value[0], f"{name}_low": low, f"{name}_high": high}
             rows.append(row)
     return pd.DataFrame(rows)
