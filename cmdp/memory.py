@@ -7,6 +7,7 @@ Weights, gradients and optimiser states are counted; so are activations, by a fo
 import copy
 import sys
 
+import psutil
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM
@@ -27,78 +28,67 @@ PHASES = ("generation", "scoring", "update")
 
 
 def memory_sum(
-    student: ModelSpec,
-    teacher: ModelSpec,
-    settings: dict,
-    prompt_length: int,
-    device_type: str,
-    dtype: torch.dtype,
-    available: float,
+    student: ModelSpec, teacher: ModelSpec, settings: dict, prompt_length: int, device: str, dtype, available: float
 ) -> dict[str, float]:
     """Bytes by item. An item named after one of `PHASES` ("update: activations") exists in that phase only.
 
     Args:
         settings: fields of `CMDPConfig`: batch, completion length, checkpointing, optimiser.
         prompt_length: of the longest prompt, in tokens.
-        device_type: "cuda" or "cpu".
-        dtype: what the device computes in.
+        device, dtype: "cuda" or "cpu", and the `torch.dtype` that it computes in.
         available: bytes that the device has.
     """
-    size, length = dtype.itemsize, settings.get("max_completion_length", 256)
-    batch = settings.get("per_device_train_batch_size", 8)
+    get, size = settings.get, dtype.itemsize
+    length, batch = get("max_completion_length", 256), get("per_device_train_batch_size", 8)
     tokens = prompt_length + length
-    rollouts = batch * settings.get("steps_per_generation", settings.get("gradient_accumulation_steps", 1))
+    rollouts = batch * get("steps_per_generation", get("gradient_accumulation_steps", 1))
     config, teacher_config = load_config(student), load_config(teacher)
     text, model, teacher_model = config.get_text_config(), _skeleton(config), _skeleton(teacher_config)
-    lora = student.trains_adapter
+    lora, vocabulary, layers = student.trains_adapter, text.vocab_size, text.num_hidden_layers
     trained = _skeleton(config, student).get_nb_trainable_parameters()[0] if lora else model.num_parameters()
     # TRL holds a 4-bit student's adapter in bfloat16, where the device has it
     state = 2 if student.four_bit and dtype != torch.float16 else 4
-    optimiser = settings.get("optim", "adamw_torch")
+    optimiser = get("optim", "adamw_torch")
     moments = 0 if "sgd" in optimiser else 2 if "8bit" in optimiser else 2 * state
 
     items = {"student: weights": _weights(model, student.four_bit, size if lora and not student.four_bit else 4)}
     if lora:
         items["student: adapter"] = trained * state
-    items["student: gradients"] = trained * state
-    items["student: optimiser states"] = trained * moments
+    items |= {"student: gradients": trained * state, "student: optimiser states": trained * moments}
     if not (lora and student.base == teacher.base):  # else the teacher uses the student's weights
         items["teacher: weights"] = _weights(teacher_model, teacher.four_bit, size)
     if teacher.adapter:
         items["teacher: adapter"] = 4 * _skeleton(teacher_config, teacher).get_nb_trainable_parameters()[0]
-
-    if settings.get("use_vllm"):
-        if settings.get("vllm_mode", "colocate") == "colocate":
-            items["vLLM's share of the device"] = settings.get("vllm_gpu_memory_utilization", 0.3) * available
-    else:
+    if not get("use_vllm"):
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        items["generation: keys and values"] = rollouts * tokens * text.num_hidden_layers * 2 * heads * width * size
-        items["generation: logits and what is drawn from"] = 3 * rollouts * text.vocab_size * 4
+        items["generation: keys and values"] = rollouts * tokens * layers * 2 * heads * width * size
+        items["generation: logits and what is drawn from"] = 3 * rollouts * vocabulary * 4
+    elif get("vllm_mode", "colocate") == "colocate":
+        items["vLLM's share of the device"] = get("vllm_gpu_memory_utilization", 0.3) * available
     items["rollouts: teacher's hidden states"] = rollouts * length * teacher_config.get_text_config().hidden_size * size
-    one, two = (_activations(config, student, layers, batch, tokens, dtype) for layers in (1, 2))
+
+    one, two = (_activations(config, student, count, batch, tokens, dtype) for count in (1, 2))
     layer, other = two - one, max(2 * one - two, 0)
-    kept = layer * (text.num_hidden_layers + 1)  # and the gradients of the layer that is being differentiated
-    if settings.get("gradient_checkpointing"):
-        kept = text.num_hidden_layers * batch * tokens * text.hidden_size * size + 2 * layer
-    tile = 4 * min(batch * length, TILE[0]) * min(text.vocab_size, TILE[1])
+    kept = layer * (layers + 1)  # and the gradients of the layer that is being differentiated
+    if get("gradient_checkpointing"):
+        kept = layers * batch * tokens * text.hidden_size * size + 2 * layer
+    tile = 4 * min(batch * length, TILE[0]) * min(vocabulary, TILE[1])
     packed = _packed(model) * student.four_bit + _packed(teacher_model) * teacher.four_bit
     for phase, amount in (("scoring", layer), ("update", kept + other)):
-        items[f"{phase}: activations"] = amount * KEPT[device_type]
-        items[f"{phase}: logits of both models, in tiles"] = tile * TILES[device_type]
+        items[f"{phase}: activations"] = amount * KEPT[device]
+        items[f"{phase}: logits of both models, in tiles"] = tile * TILES[device]
         if packed:
             items[f"{phase}: a 4-bit layer, unpacked"] = max(packed) * size
     if not lora and size < 4:
         items["update: weights in the computing dtype"] = trained * size
-    items["process"] = OVERHEAD[device_type]
-    return items
+    return items | {"process": OVERHEAD[device]}
 
 
 def peak(items: dict[str, float]) -> float:
     """Bytes of the items of `memory_sum` in the phase that takes most."""
-    phase_of = {name: name.partition(":")[0] for name in items}
-    absent = [{*PHASES} - {phase} for phase in PHASES]
-    return max(sum(amount for name, amount in items.items() if phase_of[name] not in others) for others in absent)
+    others = [{*PHASES} - {phase} for phase in PHASES]
+    return max(sum(items[name] for name in items if name.partition(":")[0] not in absent) for absent in others)
 
 
 def check_memory(items: dict[str, float], available: float) -> None:
@@ -117,11 +107,8 @@ def check_memory(items: dict[str, float], available: float) -> None:
 
 def device_memory(device: torch.device) -> int:
     """Total bytes of the GPU or, for a CPU, of main memory."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    import psutil
-
-    return psutil.virtual_memory().total
+    on_gpu = device.type == "cuda"
+    return torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
 
 
 def device_name(device: torch.device) -> str:
@@ -138,11 +125,11 @@ def taken(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _skeleton(config, spec: ModelSpec | None = None, **changes) -> nn.Module:
-    """The model of a configuration with `changes`, without weights; under the adapter of `spec`, if given."""
+def _skeleton(config, spec: ModelSpec | None = None, layers: int | None = None) -> nn.Module:
+    """The model of a configuration without weights, of so many `layers`, under the adapter of `spec`, if given."""
     config = copy.deepcopy(config)
-    for key, value in changes.items():
-        setattr(config.get_text_config(), key, value)
+    if layers:
+        config.get_text_config().num_hidden_layers = layers
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="counted")
         model.tie_weights()
@@ -169,21 +156,19 @@ def _packed(model: nn.Module) -> list[int]:
 
 def _activations(config, spec: ModelSpec, layers: int, batch: int, tokens: int, dtype: torch.dtype) -> int:
     """Bytes that a forward pass of the student with so many layers saves for its backward."""
-    model = _skeleton(config, spec, num_hidden_layers=layers).to(dtype)
+    model = _skeleton(config, spec, layers).to(dtype)
     model = model.get_base_model() if spec.trains_adapter else model
-    weights, saved = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+    saved = {}  # by storage, which is kept alive so that no other takes its place
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            saved[storage._cdata] = storage
+        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
     ids = torch.zeros((batch, tokens), dtype=torch.long, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # held: it holds what is saved
-    del hidden
-    return sum(storage.nbytes() for storage in saved.values())
+        model.base_model(input_ids=ids, use_cache=False)
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    return sum(storage.nbytes() for key, storage in saved.items() if key not in weights)
 
 
 class _Attention(torch.autograd.Function):

@@ -11,30 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+import transformers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cmdp.storage import whole
 
+LORA = {"r": 16, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear"}
 
-def build_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+
+def build_tokenizer(words: list[str]) -> PreTrainedTokenizerBase:
     """A tokenizer whose tokens are `words`, split at white space, after <pad>, <eos> and <unk>."""
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
-    )
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    vocabulary = {word: index for index, word in enumerate([*special.values(), *words])}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, padding_side="left", **special)
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase, layers: int, hidden: int, heads: int, seed: int) -> PreTrainedModel:
@@ -43,10 +36,7 @@ def build_model(tokenizer: PreTrainedTokenizerBase, layers: int, hidden: int, he
     shape = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers}
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     fixed = {"max_position_embeddings": 256, "tie_word_embeddings": True, "num_attention_heads": heads}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, **fixed, **ids))
-
-
-LORA = {"r": 16, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear"}
+    return transformers.LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, **fixed, **ids))
 
 
 @dataclass
@@ -76,6 +66,7 @@ class ModelSpec:
 
     @property
     def trains_adapter(self) -> bool:
+        """Whether training moves an adapter, and no weight of the model."""
         return self.lora is not None or self.adapter is not None
 
     def where(self) -> dict:
@@ -114,9 +105,8 @@ def offline() -> bool:
 
 def pick_device(use_cpu: bool = False) -> torch.device:
     """This process's GPU, if there is one and `use_cpu` does not forbid it."""
-    if use_cpu or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    gpu = torch.cuda.is_available() and not use_cpu
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
 
 
 def pick_dtype(device: torch.device) -> torch.dtype:
@@ -128,25 +118,19 @@ def pick_dtype(device: torch.device) -> torch.dtype:
 
 
 def load_base(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The weights that `spec` names, in `dtype` or 4 bits, without its adapter.
-
-    Raises:
-        FileNotFoundError: there is no such model.
-        ValueError: its weight files lack tensors.
-    """
+    """The weights that `spec` names, in `dtype` or 4 bits, without its adapter. Raises `FileNotFoundError` if there is
+    no such model, `ValueError` if its weight files lack tensors."""
     where = spec.where()
     if "gguf_file" in where:
         return _load_gguf(where, dtype).to(device)
-    options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     if spec.four_bit:
-        from transformers import BitsAndBytesConfig
-
         nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
-        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **nf4)
+        options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_4bit=True, **nf4)
     # several processes without 4 bits may be FSDP's or DeepSpeed's, which place the weights themselves
     if spec.four_bit or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         options["device_map"] = {"": device}
-    model, info = _found(spec, AutoModelForCausalLM.from_pretrained, **where, **options)
+    model, info = _found(spec, AutoModelForCausalLM, **options)
     for module in model.modules():  # no repacking in place of weights that two models may share, on such CPUs
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -157,14 +141,12 @@ def load_base(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> PreT
 
 def load_config(spec: ModelSpec):
     """The configuration of the model that `spec` names; no weights are read."""
-    return _found(spec, AutoConfig.from_pretrained, **spec.where(), trust_remote_code=False)
+    return _found(spec, transformers.AutoConfig)
 
 
 def load_tokenizer(source: str | Path | ModelSpec) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, padding on the left as generation needs."""
-    spec = _spec(source)
-    options = {"padding_side": "left", "trust_remote_code": False}
-    tokenizer = _found(spec, AutoTokenizer.from_pretrained, **spec.where(), **options)
+    tokenizer = _found(_spec(source), transformers.AutoTokenizer, padding_side="left")
     if tokenizer.pad_token is None:  # Llama's
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -172,13 +154,15 @@ def load_tokenizer(source: str | Path | ModelSpec) -> PreTrainedTokenizerBase:
 
 def shared_tokenizer(student: str | Path | ModelSpec, teacher: str | Path | ModelSpec) -> PreTrainedTokenizerBase:
     """The student's tokenizer. Raises `ValueError` unless the teacher's has the same ids; no weights are read."""
-    tokenizer, other = load_tokenizer(student), load_tokenizer(teacher)
-    if _vocabulary(tokenizer) != _vocabulary(other):
+    both = [load_tokenizer(student), load_tokenizer(teacher)]
+    # without the fillers that llama.cpp writes into a GGUF up to the rows of the model's head
+    one, other = ({(x, i) for x, i in tokenizer.get_vocab().items() if x != f"[PAD{i}]"} for tokenizer in both)
+    if one != other:
         raise ValueError(
             f"The student {_spec(student).model} and the teacher {_spec(teacher).model} have different "
             "vocabularies, so no divergence between them is defined: choose a teacher from the student's family."
         )
-    return tokenizer
+    return both[0]
 
 
 def load_pair(student: str | Path | ModelSpec, teacher: str | Path | ModelSpec, use_cpu: bool = False) -> tuple:
@@ -187,14 +171,10 @@ def load_pair(student: str | Path | ModelSpec, teacher: str | Path | ModelSpec, 
     A student that trains an adapter is a `PeftModel`; one that does not is loaded in float32, as its optimiser needs.
     A teacher of the same base as an adapter's, with an adapter of its own or without (an anchor: the student before
     training), uses the student's copy of the base weights. The teacher is always an ordinary transformers model.
-
-    Raises:
-        ValueError: they have different tokenizers (before any weights are read).
-        FileNotFoundError: there is no such model.
+    Raises `FileNotFoundError` as `load_base` does, and `ValueError` for different tokenizers, before reading weights.
     """
     student, teacher = _spec(student), _spec(teacher)
-    tokenizer = shared_tokenizer(student, teacher)
-    device = pick_device(use_cpu)
+    tokenizer, device = shared_tokenizer(student, teacher), pick_device(use_cpu)
     dtype = pick_dtype(device)
     model = load_base(student, dtype if student.trains_adapter else torch.float32, device)
     if student.four_bit:  # freezes the base and holds norms and head in float32
@@ -219,8 +199,8 @@ def lora_config(spec: ModelSpec):
     from peft import LoraConfig
 
     lora = LORA | spec.lora
-    names = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "target_modules": "target_modules"}
-    return LoraConfig(**{names[key]: value for key, value in lora.items()}, task_type="CAUSAL_LM")
+    scaled = {f"lora_{name}": lora.pop(name) for name in ("alpha", "dropout")}
+    return LoraConfig(**lora, **scaled, task_type="CAUSAL_LM")
 
 
 def same_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -233,14 +213,8 @@ def same_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 def prune(source: str, without: list[int], target: Path) -> tuple[int, int]:
     """Write the model `source` (a Hub id, folder or GGUF file) less the layers `without`, counted from 0, to the new
-    folder `target`, in float32, with its tokenizer.
-
-    Returns:
-        Parameters before and after.
-
-    Raises:
-        ValueError: `target` exists, or a layer does not.
-    """
+    folder `target`, in float32, with its tokenizer. Returns the numbers of parameters before and after. Raises
+    `ValueError` if `target` exists, or a layer does not."""
     if target.exists():
         raise ValueError(f"There is something at {target} already: name a folder that does not exist.")
     spec = ModelSpec(source)
@@ -261,8 +235,6 @@ def prune(source: str, without: list[int], target: Path) -> tuple[int, int]:
 
 def _load_gguf(where: dict, dtype: torch.dtype) -> PreTrainedModel:
     """The dense model that a GGUF file holds, as an ordinary one: nothing in it says that it was ever packed."""
-    import transformers
-
     options = {}
     if hasattr(transformers, "GgufConfig"):  # earlier releases unpack the weights without being told to
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -284,10 +256,10 @@ def _load_gguf(where: dict, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _found(spec: ModelSpec, load, **options):
-    """`load(**options)`, with one line for a model that is not there."""
+def _found(spec: ModelSpec, kind, **options):
+    """What `kind.from_pretrained` loads of a spec's model, with one line for a model that is not there."""
     try:
-        return load(**options)
+        return kind.from_pretrained(**spec.where(), trust_remote_code=False, **options)
     except OSError as error:
         hint = "HF_HUB_OFFLINE is set: unset it to download it" if offline() else str(error).partition("\n")[0]
         raise FileNotFoundError(f"There is no local folder {spec.model}, nor a model of this name: {hint}.") from error
@@ -300,11 +272,6 @@ def _with_adapter(model: PreTrainedModel, source: str, **options):
     if Path(source).is_dir() and not (Path(source) / "adapter_model.safetensors").is_file():
         raise FileNotFoundError(f"There is no adapter_model.safetensors in {source}: name a PEFT adapter's folder.")
     return PeftModel.from_pretrained(model, source, local_files_only=offline(), **options)
-
-
-def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Tokens and ids, without the fillers that llama.cpp writes into a GGUF up to the rows of the model's head."""
-    return {token: index for token, index in tokenizer.get_vocab().items() if token != f"[PAD{index}]"}
 
 
 def _spec(source: str | Path | ModelSpec) -> ModelSpec:
