@@ -37,13 +37,12 @@ def pretrain(role: str) -> None:
     problems = load_problems(params["task"])["supervised"]
     made_by = storage.fingerprint({"shape": shape, "settings": settings, "problems": problems}, [])
     checkpoints, resume = storage.checkpoint_folder(f"start/{role}", made_by)
-    encoded = []
-    for problem in problems:  # the prompt carries no loss
-        prompt, solution = (
-            tokenizer(problem[key], add_special_tokens=False).input_ids for key in ("prompt", "solution")
-        )
-        mask = [0] * len(prompt) + [1] * (len(solution) + 1)
-        encoded.append({"input_ids": [*prompt, *solution, tokenizer.eos_token_id], "completion_mask": mask})
+    texts = ([problem[key] for problem in problems] for key in ("prompt", "solution"))
+    ids = zip(*(tokenizer(column, add_special_tokens=False).input_ids for column in texts), strict=True)
+    encoded = [  # the prompt carries no loss
+        {"input_ids": [*p, *s, tokenizer.eos_token_id], "completion_mask": [0] * len(p) + [1] * (len(s) + 1)}
+        for p, s in ids
+    ]
     fixed = {"packing": False, "shuffle_dataset": False, "gradient_checkpointing": False, "bf16": False}
     quiet = {"report_to": [], "disable_tqdm": True, "save_only_model": False}
     args = SFTConfig(output_dir=str(checkpoints), **fixed, **quiet, **settings)
@@ -61,18 +60,10 @@ def pretrain(role: str) -> None:
 def experiment(name: str, start: str, runs: dict[str, dict]) -> Experiment:
     """The experiment of params.yaml, with `runs`, from the student `start`."""
     params = storage.read_yaml(PARAMS)
-    evaluate = {key: value for key, value in params["evaluate"].items() if key != "longer"}
-    return Experiment(
-        name=name,
-        task=params["task"],
-        student=ModelSpec(str(START / start)),
-        teacher=ModelSpec(str(START / "teacher")),
-        budget=Budget(**params["budget"]),
-        train=params["train"],
-        runs=runs,
-        seeds=[],
-        evaluate=Evaluation(**evaluate),
-    )
+    evaluate = Evaluation(**{key: value for key, value in params["evaluate"].items() if key != "longer"})
+    models = {"student": ModelSpec(str(START / start)), "teacher": ModelSpec(str(START / "teacher"))}
+    shared = {"task": params["task"], "budget": Budget(**params["budget"]), "train": params["train"], "seeds": []}
+    return Experiment(name=name, runs=runs, evaluate=evaluate, **models, **shared)
 
 
 def run(key: str) -> None:

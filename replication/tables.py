@@ -44,10 +44,8 @@ def write_default(results: Path = RESULTS) -> None:
     tables = {"summary": summary, "curves": curves, "positions": positions, "timing": phases.reset_index()}
     for name, table in tables.items():
         write_table(table, results / f"{name}.csv")
-    means: dict[str, dict[str, float]] = {run: {} for run in summary["run"]}
-    for row in summary.itertuples():
-        means[row.run][row.measure] = round(row.mean, 4)
-    write_json(means, results / "metrics.json")
+    for run, measured in summary.groupby("run"):  # a file each: `dvc metrics show` prints one line per run
+        write_json(measured.set_index("measure")["mean"].round(4).to_dict(), results / "metrics" / f"{run}.json")
     write_json(provenance(), results / "provenance.json")
 
 
