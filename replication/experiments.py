@@ -39,11 +39,7 @@ class Row:
 
 
 def rows(path: Path = EXPERIMENTS, part: str | None = None) -> dict[str, Row]:
-    """The runs by key, those of `part` alone if given.
-
-    Raises:
-        ValueError: a field no row has, or two rows train one name with one seed.
-    """
+    """The runs by key, of one `part` or all. Raises `ValueError` for an unknown field, or a name's seed given twice."""
     found = {}
     for key, fields in read_yaml(path)["runs"].items():
         if unknown := sorted(set(fields) - set(Row.__dataclass_fields__)):
@@ -68,11 +64,7 @@ def row(key: str, path: Path = EXPERIMENTS) -> Row:
 
 
 def gather(table: str, runs: dict[str, Row], root: Path = RESULTS / "runs") -> pd.DataFrame:
-    """One table (`completions`, `times`, `positions`, `training`) of all `runs`, with the run's name as column `run`.
-
-    Raises:
-        FileNotFoundError: a run has not been made.
-    """
+    """One table of all `runs`, their names as column `run`. Raises `FileNotFoundError` if a run has not been made."""
     tables = []
     for row in runs.values():
         path = row.folder(root) / f"{table}.csv"

@@ -1,5 +1,7 @@
 """The pipeline's training stages: start models, runs, and trials of tuning."""
 
+import itertools
+
 import pandas as pd
 
 from cmdp import storage
@@ -67,11 +69,8 @@ def experiment(name: str, start: str, runs: dict[str, dict]) -> Experiment:
 
 
 def run(key: str) -> None:
-    """Train and measure one run, all of its seeds: results/runs/PART/KEY.
-
-    Raises:
-        ValueError: no such run, or tuning has chosen no settings for it.
-    """
+    """Train and measure one run, all of its seeds: results/runs/PART/KEY. Raises `ValueError` if there is no such run,
+    or tuning has chosen no settings for it."""
     this, chosen = row(key), storage.read_yaml(CHOSEN)["runs"]
     if this.tuned not in chosen:
         raise ValueError(f"{CHOSEN} has no settings of {this.tuned!r}: give it trials in {EXPERIMENTS}, and tune it.")
@@ -113,25 +112,21 @@ def _measured(planned: Experiment, key: str, seed: int, compact: bool) -> dict[s
 
 
 def trial(name: str) -> None:
-    """Train every trial of one entry of tuning, once per seed, and measure it on validation prompts:
-    results/tuning/NAME.csv."""
+    """Train the trials of one entry of tuning, and measure them on validation prompts: results/tuning/NAME.csv."""
     tuning, params = storage.read_yaml(EXPERIMENTS)["tuning"], storage.read_yaml(PARAMS)
     if name not in tuning["trials"]:
         raise ValueError(f"{EXPERIMENTS} has no trials of {name!r}. It has: {', '.join(tuning['trials'])}.")
     method, grid = tuning["trials"][name]["method"], tuning["trials"][name]["grid"]
-    planned = experiment(
-        "tuning", "student", {f"{name}-{i}": {"method": method, **tried} for i, tried in enumerate(grid)}
-    )
-    problems, rows = load_problems(params["task"])["validation"], []
-    for index, tried in enumerate(grid):
-        for seed in tuning["seeds"]:
-            train(planned, f"{name}-{index}", seed, check_fit=False)
-            pair = load_trained(planned, f"{name}-{index}", seed)
-            completions, _ = measure(planned, pair, seed, problems, samples=tuning["samples"], greedy=False)
-            sampled = with_budget(completions, **params["budget"])
-            measures = {"accuracy": "correct", "csr": "satisfied", "accuracy_within": "correct_within", "cost": "cost"}
-            means = {measure: sampled[column].mean() for measure, column in measures.items()}
-            rows.append({"index": index, "seed": seed, **tried, **means})
+    runs = {f"{name}-{index}": {"method": method, **tried} for index, tried in enumerate(grid)}
+    planned, problems, rows = experiment("tuning", "student", runs), load_problems(params["task"])["validation"], []
+    measures = {"accuracy": "correct", "csr": "satisfied", "accuracy_within": "correct_within", "cost": "cost"}
+    for (index, key), seed in itertools.product(enumerate(runs), tuning["seeds"]):
+        train(planned, key, seed, check_fit=False)
+        pair = load_trained(planned, key, seed)
+        completions, _ = measure(planned, pair, seed, problems, samples=tuning["samples"], greedy=False)
+        sampled = with_budget(completions, **params["budget"])
+        means = {measure: sampled[column].mean() for measure, column in measures.items()}
+        rows.append({"index": index, "seed": seed, **grid[index], **means})
     path = RESULTS / "tuning" / f"{name}.csv"
     storage.write_table(pd.DataFrame(rows), path)
     print(f"{path}: {len(rows)} trials")

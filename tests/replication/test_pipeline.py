@@ -1,4 +1,4 @@
-"""The pipeline under `kill -9`: what is unfinished does not pass for finished, and what is finished is not run again."""
+"""The pipeline under `kill -9`: unfinished stages do not pass for finished, and finished ones are not run again."""
 
 import os
 import shutil
