@@ -10,20 +10,20 @@ from pathlib import Path
 
 def train(config: Path, overrides: list[str], run: list[str] | None, seed: list[int] | None) -> None:
     """Train and measure the runs of a parameter file; what is finished is not done again."""
-    import cmdp.train
+    from cmdp.train import read, run_all
 
-    experiment = cmdp.train.read(config, *overrides)
+    experiment = read(config, *overrides)
     if unknown := sorted(set(run or []) - set(experiment.runs)):
         raise ValueError(f"{config} has no run {unknown[0]!r}. It has: {', '.join(experiment.runs)}.")
-    cmdp.train.run_all(experiment, run or [*experiment.runs], seed or experiment.seeds)
+    run_all(experiment, run or [*experiment.runs], seed or experiment.seeds)
 
 
 def memory(config: Path, overrides: list[str]) -> None:
     """Sum up what training takes in memory, from the models' configurations alone."""
-    import cmdp.train
+    from cmdp.train import fit, read
 
-    experiment = cmdp.train.read(config, *overrides)
-    cmdp.train.fit(experiment, next(iter(experiment.runs)))
+    experiment = read(config, *overrides)
+    fit(experiment, next(iter(experiment.runs)))
 
 
 def prune(model: str, target: Path, without: list[int]) -> None:

@@ -24,28 +24,23 @@ COPIED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")  # weights, 
 def export(run: Path, target: Path, merge: bool = False) -> None:
     """Write the student saved in the folder `run` to the new folder `target`.
 
-    Args:
-        merge: merge a LoRA adapter into its base model, as that was published: unquantised where training held it in 4
-            bits, in float32 where it is a GGUF file. A whole model has nothing to merge.
-
-    Raises:
-        FileNotFoundError: `run` has no cmdp.json or no safetensors, or the base model is not there.
-        ValueError: `target` exists, the adapter does not fit its base, or one over a GGUF file is not merged.
+    With `merge`, a LoRA adapter is merged into its base model as that was published: unquantised where training held it
+    in 4 bits, in float32 where it is a GGUF file. Raises `FileNotFoundError` if `run` has no cmdp.json or no
+    safetensors, or the base model is not there; `ValueError` if `target` exists, the adapter does not fit its base, or
+    one over a GGUF file is not merged.
     """
     run, target = Path(run), Path(target)
     if target.exists():
         raise ValueError(f"{target} exists already: name a new folder.")
     if not (run / RECORD).is_file():
         raise FileNotFoundError(f"There is no {RECORD} in {run}: name the folder of a student that `cmdp train` saved.")
-    record = json.loads((run / RECORD).read_text(encoding="utf-8"))
-    adapter = (run / ADAPTER[0]).is_file()
+    record, adapter = json.loads((run / RECORD).read_text(encoding="utf-8")), (run / ADAPTER[0]).is_file()
     if not any(run.glob(ADAPTER[1] if adapter else "model*.safetensors")):
         raise FileNotFoundError(f"There are no weights in safetensors in {run}.")
     base = ModelSpec(record["student"], gguf_file=record.get("gguf_file"), revision=record.get("revision"))
-    alone = adapter and not merge
+    alone, local = adapter and not merge, Path(base.model).exists()
     if alone and "gguf_file" in base.where():
         raise ValueError("An adapter over a GGUF file cannot be loaded by itself: export it merged (--merge).")
-    local = Path(base.model).exists()
     if alone and not local and not hub_id(base.model) and "/" in base.model:
         raise FileNotFoundError(f"There is no base model at {base.model}: export where the student was trained.")
     with whole(target) as folder:
@@ -85,28 +80,19 @@ def hub_id(model: str | None) -> str | None:
 
 
 def card(name: str, record: dict, base: str | None, adapter: bool) -> ModelCard:
-    """The model card.
-
-    Args:
-        record: the content of cmdp.json.
-        base: the base model as the user named it. The metadata name it if it is a Hub id.
-        adapter: whether the weights are an adapter alone.
-    """
-    settings = record["settings"]
+    """The model card of a student with the `record` of cmdp.json. `base` is the base model as the user named it, which
+    the metadata name if it is a Hub id; `adapter` says whether the weights are an adapter alone."""
+    settings, roles = record["settings"], {"base": base, "teacher": record["teacher"]}
     per = "token" if settings.get("budget_form") == "per_token" else "completion"
-    metadata = ModelCardData(
-        base_model=hub_id(base),
-        library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-generation",
-        tags=["distillation", "constrained-mdp", "cmdp", record["method"]],
-    )
+    tags = ["distillation", "constrained-mdp", "cmdp", record["method"]]
+    library = "peft" if adapter else "transformers"
+    metadata = ModelCardData(base_model=hub_id(base), library_name=library, pipeline_tag="text-generation", tags=tags)
     shown = {
-        "base": hub_id(base) or f"{Path(base or 'unknown').name} (local)",
-        "teacher": hub_id(record["teacher"]) or f"{Path(record['teacher']).name} (local)",
+        **record | {"name": name, "adapter": adapter},
+        **{key: hub_id(x) or f"{Path(x or 'unknown').name} (local)" for key, x in roles.items()},
         "budget": f"{settings.get('budget', math.inf):g} nats per {per}",
         "enforced": settings.get("reward_form", "lagrangian") != "lagrangian" and not settings.get("step_budget"),
         "settings": yaml.safe_dump(settings, sort_keys=False).strip(),
         "length": settings.get("max_completion_length", 256),
     }
-    template = str(Path(__file__).with_name("model_card.md"))
-    return ModelCard.from_template(metadata, template, **record | shown | {"name": name, "adapter": adapter})
+    return ModelCard.from_template(metadata, str(Path(__file__).with_name("model_card.md")), **shown)

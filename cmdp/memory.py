@@ -20,8 +20,7 @@ GIB = 2**30
 FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
 OVERHEAD = {"cuda": 1.0 * GIB, "cpu": 0.7 * GIB}  # CUDA context, workspaces, fragmentation; or Python's libraries
 TILE = (4096, 32768)  # tokens by vocabulary of TRL's kernels, in float32
-# Tiles at a time, and activations as a multiple of what autograd saves. GPU kernels work in place; on a CPU each step
-# over a tile is a copy, and freed memory does not all return: fitted to the peaks of two processes.
+# Tiles at a time, and activations by what autograd saves: a CPU's steps copy; fitted to the peaks of two processes
 TILES = {"cuda": 3, "cpu": 8}
 KEPT = {"cuda": 1.0, "cpu": 1.5}
 PHASES = ("generation", "scoring", "update")
@@ -32,11 +31,8 @@ def memory_sum(
 ) -> dict[str, float]:
     """Bytes by item. An item named after one of `PHASES` ("update: activations") exists in that phase only.
 
-    Args:
-        settings: fields of `CMDPConfig`: batch, completion length, checkpointing, optimiser.
-        prompt_length: of the longest prompt, in tokens.
-        device, dtype: "cuda" or "cpu", and the `torch.dtype` that it computes in.
-        available: bytes that the device has.
+    `settings` are fields of `CMDPConfig`, `prompt_length` the tokens of the longest prompt; `device` is "cuda" or "cpu"
+    and has `available` bytes, and `dtype` is what it computes in.
     """
     get, size = settings.get, dtype.itemsize
     length, batch = get("max_completion_length", 256), get("per_device_train_batch_size", 8)
@@ -93,16 +89,15 @@ def peak(items: dict[str, float]) -> float:
 
 def check_memory(items: dict[str, float], available: float) -> None:
     """Print the items and their sum. Raises `ValueError` if it exceeds the `available` bytes."""
-    need, device = peak(items) / GIB, available / GIB
+    need, has = peak(items) / GIB, available / GIB
     for name, amount in items.items():
         print(f"{amount / GIB:8.2f} GiB  {name}")
-    print(f"{need:8.2f} GiB  in all (generation, scoring and update take turns); the device has {device:.1f} GiB")
-    if need > device:
+    print(f"{need:8.2f} GiB  in all (generation, scoring and update take turns); the device has {has:.1f} GiB")
+    if need > has:
         largest = ", ".join(f"{name} {items[name] / GIB:.1f}" for name in sorted(items, key=items.get)[:-4:-1])
-        raise ValueError(
-            f"Training would take {need:.1f} GiB of memory and this device has {device:.1f}: {largest}. "
-            "Take a smaller train.per_device_train_batch_size, train.gradient_checkpointing=true, lora or four_bit."
-        )
+        hint = "a smaller train.per_device_train_batch_size, train.gradient_checkpointing=true, lora or four_bit"
+        said = f"Training would take {need:.1f} GiB of memory and this device has {has:.1f}: {largest}"
+        raise ValueError(f"{said}. Take {hint}.")
 
 
 def device_memory(device: torch.device) -> int:

@@ -41,23 +41,14 @@ def build_model(tokenizer: PreTrainedTokenizerBase, layers: int, hidden: int, he
 
 @dataclass
 class ModelSpec:
-    """Where a role's model comes from and how it is loaded.
+    """Where a role's model comes from and how it is loaded."""
 
-    Attributes:
-        model: a Hub id, a local folder, or a GGUF file.
-        gguf_file: the file's name, where `model` is the Hub id or folder that holds it.
-        adapter: a PEFT adapter, by Hub id or folder: the teacher's, frozen, or what the student's training starts from.
-        revision: the commit, branch or tag of a Hub id.
-        four_bit: hold the weights as 4-bit nf4 with double quantisation.
-        lora: train a LoRA adapter in place of all weights; `LORA`'s keys, whose values are the defaults.
-    """
-
-    model: str
-    gguf_file: str | None = None
-    adapter: str | None = None
-    revision: str | None = None
-    four_bit: bool = False
-    lora: dict[str, Any] | None = None
+    model: str  # a Hub id, a local folder, or a GGUF file
+    gguf_file: str | None = None  # its name, where `model` is the Hub id or folder that holds it
+    adapter: str | None = None  # a PEFT adapter, by Hub id or folder: the teacher's, or where the student's starts
+    revision: str | None = None  # the commit, branch or tag of a Hub id
+    four_bit: bool = False  # hold the weights as 4-bit nf4 with double quantisation
+    lora: dict[str, Any] | None = None  # train a new LoRA adapter with `LORA`'s keys, whose values are the defaults
 
     @property
     def base(self) -> tuple:
@@ -71,13 +62,12 @@ class ModelSpec:
 
     def where(self) -> dict:
         """The arguments of `from_pretrained` that say which files."""
-        model, gguf_file = str(self.model), self.gguf_file
-        if gguf_file is None and model.endswith(".gguf"):
-            model, gguf_file = str(Path(model).parent), Path(model).name
+        folder, gguf_file = str(self.model), self.gguf_file
+        if gguf_file is None and folder.endswith(".gguf"):
+            folder, gguf_file = str(Path(folder).parent), Path(folder).name
         named = {"gguf_file": gguf_file} if gguf_file else {}
-        if not Path(model).is_dir():  # a Hub id
-            named["revision"] = self.revision
-        return {"pretrained_model_name_or_path": model, "local_files_only": offline(), **named}
+        named |= {} if Path(folder).is_dir() else {"revision": self.revision}  # of a Hub id
+        return {"pretrained_model_name_or_path": folder, "local_files_only": offline(), **named}
 
     def files(self) -> list[Path]:
         """The local files of the model and its adapter."""
@@ -158,10 +148,9 @@ def shared_tokenizer(student: str | Path | ModelSpec, teacher: str | Path | Mode
     # without the fillers that llama.cpp writes into a GGUF up to the rows of the model's head
     one, other = ({(x, i) for x, i in tokenizer.get_vocab().items() if x != f"[PAD{i}]"} for tokenizer in both)
     if one != other:
-        raise ValueError(
-            f"The student {_spec(student).model} and the teacher {_spec(teacher).model} have different "
-            "vocabularies, so no divergence between them is defined: choose a teacher from the student's family."
-        )
+        models = f"The student {_spec(student).model} and the teacher {_spec(teacher).model}"
+        hint = "no divergence between them is defined. Choose a teacher from the student's family."
+        raise ValueError(f"{models} have different vocabularies: {hint}")
     return both[0]
 
 
