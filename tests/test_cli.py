@@ -28,6 +28,24 @@ def test_help_lists_the_commands_without_loading_torch():
         assert f"\n    {name}" in done.stdout
 
 
+def test_the_module_runs_as_the_command():
+    """As `accelerate launch -m cmdp.cli` does."""
+    done = subprocess.run([sys.executable, "-m", "cmdp.cli", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: cmdp")
+
+
+def test_an_interrupt_is_one_line_and_exit_code_130(monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt("stopped at step 3")
+
+    monkeypatch.setattr("cmdp.models.prune", stop)
+    with pytest.raises(SystemExit) as raised:
+        command(monkeypatch, "prune", "model", "out", "--without", "1")
+    assert raised.value.code == 130
+    assert capsys.readouterr().err == "cmdp prune: stopped at step 3\n"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

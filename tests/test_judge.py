@@ -19,6 +19,7 @@ import pandas as pd
 import pytest
 from transformers.utils.import_utils import is_serve_available
 
+from cmdp import cli
 from cmdp import judge as judging
 from cmdp.judge import Endpoint, digest, judge, paired, read_completions, read_replies, verdict
 
@@ -115,6 +116,20 @@ def test_the_win_rate_is_the_mean_over_prompts_of_wins_and_half_the_ties(server,
     back = judge(B, A, Endpoint(server.url, "rule"), TEMPLATE, tmp_path, 2)
     assert back["win_rate"]["mean"] == pytest.approx(1 - summary["win_rate"]["mean"], abs=2e-4)
     assert len(server.prompts) == 8, "the same pairs, already judged"
+
+
+def test_the_command_judges_and_prints_the_summary(server, tmp_path, monkeypatch, capsys):
+    for name, completions in (("a", A), ("b", B)):
+        completions.to_csv(tmp_path / name, index=False)
+    words = [str(tmp_path / "a"), str(tmp_path / "b"), "--endpoint", server.url, "--model", "rule"]
+    words += ["--out", str(tmp_path / "out"), "--options", '{"seed": 1}', "--timeout", "9", "--concurrency", "1"]
+    monkeypatch.setattr(sys, "argv", ["cmdp", "judge", *words])
+    cli.main()
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert capsys.readouterr().out.endswith(json.dumps(summary, indent=2) + "\n")
+    assert [summary[name] for name in ("wins", "ties", "losses")] == [1, 2, 2]
+    assert (summary["url"], summary["options"], summary["timeout"]) == (server.url, {"seed": 1}, 9.0)
+    assert (server.options[0], server.most) == ({"model": "rule", "seed": 1}, 1)
 
 
 def test_a_judge_that_prefers_a_position_is_found_out_and_favours_nobody(server, tmp_path):
