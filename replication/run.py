@@ -55,8 +55,8 @@ def pretrain(role: str) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     storage.drop(checkpoints)
-    losses = [entry["loss"] for entry in log if "loss" in entry]
-    print(f"{START / role}: {model.num_parameters():,} parameters, last loss {losses[-1]:.4f} nats per token")
+    losses = [round(entry["loss"], 4) for entry in log if "loss" in entry]
+    print(f"{START / role}: {model.num_parameters():,} parameters, losses in nats per token {losses[-3:]}")
 
 
 def experiment(name: str, start: str, runs: dict[str, dict]) -> Experiment:

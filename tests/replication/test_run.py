@@ -122,7 +122,10 @@ def test_trials_are_measured_on_validation_prompts_a_row_per_trial_and_seed():
     ]  # fmt: skip
 
 
-def test_a_start_model_is_trained_on_solutions():
+@pytest.mark.parametrize("logging_steps", [1, 100])
+def test_a_start_model_is_trained_on_solutions(logging_steps):
+    supervised = PARAMS["supervised"] | {"logging_steps": logging_steps}
+    Path("params.yaml").write_text(yaml.safe_dump(PARAMS | {"supervised": supervised}))
     before = Path("results/start/student/model.safetensors").read_bytes()
     run.pretrain("student")
     assert Path("results/start/student/model.safetensors").read_bytes() != before
