@@ -84,15 +84,20 @@ def main() -> None:
     add["judge"]("--concurrency", type=int, default=4, help="requests at a time")
     arguments = vars(parser.parse_args())
     name = arguments.pop("command")
+    call(f"cmdp {name}", functions[name], **arguments)
+
+
+def call(command: str, function, *arguments, **named) -> None:
+    """Call the function of a command. What a user can mend ends the process in one line, and an interrupt with 130."""
     try:
-        functions[name](**arguments)
+        function(*arguments, **named)
     except KeyboardInterrupt as stopped:
-        print(f"cmdp {name}: {stopped or 'stopped'}", file=sys.stderr)
+        print(f"{command}: {stopped or 'stopped'}", file=sys.stderr)
         sys.exit(130)
     except (OSError, ValueError) as error:
         if os.environ.get("CMDP_TRACEBACK"):
             raise
-        sys.exit(f"cmdp {name}: {error} (CMDP_TRACEBACK=1 shows where)")
+        sys.exit(f"{command}: {error} (CMDP_TRACEBACK=1 shows where)")
 
 
 if __name__ == "__main__":

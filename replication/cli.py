@@ -3,8 +3,9 @@
 import argparse
 import importlib
 import os
-import sys
 import warnings
+
+from cmdp.cli import call
 
 STAGES = {  # stage: the function it calls, what it does, and whether it takes a name
     "pretrain": ("run:pretrain", "train a start model on solutions: results/start/NAME", True),
@@ -35,14 +36,7 @@ def main() -> None:
         if takes_name:
             command.add_argument("name")
     arguments = parser.parse_args()
-    module, _, function = STAGES[arguments.stage][0].partition(":")
-    try:
-        function = getattr(importlib.import_module(f"replication.{module}"), function)
-        function(*([arguments.name] if STAGES[arguments.stage][2] else []))
-    except KeyboardInterrupt as stopped:
-        print(f"replication {arguments.stage}: {stopped or 'stopped'}", file=sys.stderr)
-        sys.exit(130)
-    except (OSError, ValueError) as error:
-        if os.environ.get("CMDP_TRACEBACK"):
-            raise
-        sys.exit(f"replication {arguments.stage}: {error} (CMDP_TRACEBACK=1 shows where)")
+    place, _, takes_name = STAGES[arguments.stage]
+    module, _, function = place.partition(":")
+    stage = getattr(importlib.import_module(f"replication.{module}"), function)
+    call(f"replication {arguments.stage}", stage, *([arguments.name] if takes_name else []))
