@@ -28,8 +28,7 @@ def evaluate(
     Returns:
         completions: one row per completion: `prompt` (index), `decoding`, `correct`, `valid` (every step right),
             `tokens`, `truncated`, `entropy` (mean, nats per token), `cost` (C, nats), `peak` (the costliest token's),
-            and the text as `completion`. Where the task has `style`, also that and `confidence`: such a task's answer
-            is the last token before the end, and this is the student's probability of it.
+            and the text as `completion`.
         positions: over sampled completions, at each position: `count` (completions that reach it), mean and quantiles
             of the cumulative cost C_t in nats, constant after a completion's end.
     """
@@ -45,7 +44,7 @@ def evaluate(
                 student, tokenizer, prompts, decoding == "sampled", max_completion_length
             )
             ended = (_is_end(student, tokenizer, completion_ids) * mask).any(dim=1)
-            cost, entropy, log_probs = score(student, teacher, len(tokenizer), ids, attention, mask)
+            cost, entropy, _ = score(student, teacher, len(tokenizer), ids, attention, mask)
             texts = tokenizer.batch_decode(completion_ids.masked_fill(mask == 0, tokenizer.pad_token_id), True)
             length = mask.sum(dim=1)
             table = pd.DataFrame({"prompt": indices, "decoding": decoding})
@@ -54,10 +53,6 @@ def evaluate(
             table["tokens"], table["truncated"] = length.tolist(), (~ended).int().tolist()
             table["entropy"] = (entropy.sum(dim=1) / length.clamp(min=1)).tolist()
             table["cost"], table["peak"] = cost.sum(dim=1).tolist(), cost.amax(dim=1).tolist()
-            if hasattr(task, "style"):
-                last = (length - 2).clamp(min=0)
-                table["confidence"] = log_probs.gather(1, last[:, None])[:, 0].exp().tolist()
-                table["style"] = [task.style(text) for text in texts]
             tables.append(table.assign(completion=texts))
             if decoding == "sampled":
                 total = cumulative_cost(cost, mask)

@@ -35,7 +35,7 @@ def build_model(tokenizer: PreTrainedTokenizerBase, layers: int, hidden: int, he
     torch.manual_seed(seed)
     shape = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers}
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    fixed = {"max_position_embeddings": 256, "tie_word_embeddings": True, "num_attention_heads": heads}
+    fixed = {"max_position_embeddings": 256, "initializer_range": 0.1, "num_attention_heads": heads}
     return transformers.LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, **fixed, **ids))
 
 

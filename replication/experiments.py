@@ -16,7 +16,7 @@ EXPERIMENTS, PARAMS = Path("experiments.yaml"), Path("params.yaml")
 RESULTS, FIGURES, MODELS = Path("results"), Path("figures"), Path("models")
 START, CHOSEN = RESULTS / "start", RESULTS / "chosen.yaml"
 # What a run of the study keeps of each completion; a default run keeps every column of `evaluation`.
-COLUMNS = ["seed", "split", "prompt", "correct", "valid", "tokens", "entropy", "cost", "peak", "confidence", "style"]
+COLUMNS = ["seed", "prompt", "decoding", "correct", "valid", "tokens", "entropy", "cost", "peak"]
 
 
 @dataclass(frozen=True)

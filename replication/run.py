@@ -3,8 +3,10 @@
 import itertools
 
 import pandas as pd
+import torch
 
 from cmdp import storage
+from cmdp.evaluation import score
 from cmdp.models import ModelSpec, build_model, build_tokenizer
 from cmdp.statistics import with_budget
 from cmdp.tasks import load_problems, load_task
@@ -22,6 +24,8 @@ from cmdp.train import (
     train,
 )
 from replication.experiments import CHOSEN, COLUMNS, EXPERIMENTS, PARAMS, RESULTS, START, row
+
+MEASURES = {"accuracy": "correct", "csr": "satisfied", "cost": "cost"}  # of a trial, and their columns
 
 
 def pretrain(role: str) -> None:
@@ -83,50 +87,92 @@ def run(key: str) -> None:
 
 
 def _measured(planned: Experiment, key: str, seed: int, compact: bool) -> dict[str, pd.DataFrame]:
-    """The tables of one run and seed. `compact` leaves out what only the default experiment shows: greedy completions,
-    the training curve, the cost by position, and examples of wrong steps that lead to the right answer."""
+    """The tables of one run and seed. `compact` leaves out what only the default experiment shows: the training curve
+    and the cost by position."""
     folder = train(planned, key, seed, check_fit=False)
     pair, params = load_trained(planned, key, seed), storage.read_yaml(PARAMS)
-    test, positions = measure(planned, pair, seed, greedy=planned.evaluate.greedy and not compact)
-    longer = dict(params["evaluate"]["longer"])
-    drawn = {"sizes": {"longer": longer.pop("prompts")}, "steps": longer.pop("steps")}
-    problems = load_problems(params["task"] | drawn)["longer"]
-    more, _ = measure(planned, pair, seed, problems, greedy=False, **longer)
-    completions = pd.concat([test.assign(split="test"), more.assign(split="longer")], ignore_index=True)
-    completions = completions[["split", *completions.columns.drop(["split", "completion"])]]
+    completions, positions = measure(planned, pair, seed)
+    problems = load_problems(params["task"])[planned.evaluate.split]
     log = pd.read_csv(folder / TRAINING)
     steps = log[log["csr"].notna()] if "csr" in log else log.iloc[:0]
     times = {"steps": planned.train["max_steps"], "seconds": log.get("train_runtime", pd.Series(dtype=float)).sum()}
     times |= {"parameters": pair[0].num_parameters(), **steps.reindex(columns=PHASES).median()}
-    tables = {"completions": completions, "times": pd.DataFrame([times])}
-    if compact:
-        tables["completions"] = completions.reindex(columns=[name for name in COLUMNS if name != "seed"]).round(4)
-    else:
-        lucky = test.query("decoding == 'sampled' and correct == 1 and valid == 0")[["prompt", "completion"]]
-        held_out = load_problems(params["task"])[planned.evaluate.split]
-        lucky = lucky.assign(problem=[held_out[index]["prompt"].strip() for index in lucky["prompt"]])
-        tables |= {"positions": positions, "training": steps.reindex(columns=LOGGED), "examples": lucky}
+    kept = completions[[name for name in COLUMNS if name != "seed"]].round(4)
+    tables = {"completions": kept, "exact": chances(pair[0], pair[-1], problems), "times": pd.DataFrame([times])}
+    if not compact:
+        tables |= {"positions": positions, "training": steps.reindex(columns=LOGGED)}
     for table in tables.values():
         table.insert(0, "seed", seed)
     return tables
 
 
+@torch.no_grad()
+def chances(student, tokenizer, problems: list[dict]) -> pd.DataFrame:
+    """The student's probability of each token of each problem's right completion: `prompt` (index), `right`, their
+    product, and `step_1`, `step_2`, ... as long as the problem has steps."""
+    prompts = tokenizer([row["prompt"] for row in problems], add_special_tokens=False, padding=True)
+    solutions = [row["solution"] + tokenizer.eos_token for row in problems]
+    solutions = tokenizer(solutions, add_special_tokens=False, padding=True, padding_side="right")
+    ids, attention = (
+        torch.cat([torch.tensor(both[key]) for both in (prompts, solutions)], dim=1).to(student.device)
+        for key in ("input_ids", "attention_mask")
+    )
+    mask = torch.tensor(solutions["attention_mask"]).to(student.device)
+    _, _, log_probs = score(student, student, len(tokenizer), ids, attention, mask)
+    steps = log_probs.exp().where(mask.cumsum(1) < mask.sum(1, keepdim=True), torch.nan)[:, :-1]  # without the end
+    table = pd.DataFrame(steps.tolist(), columns=[f"step_{i + 1}" for i in range(steps.shape[1])])
+    table.insert(0, "right", log_probs.sum(1).exp().tolist())
+    return table.rename_axis("prompt").reset_index()
+
+
 def trial(name: str) -> None:
-    """Train the trials of one entry of tuning, and measure them on validation prompts: results/tuning/NAME.csv."""
+    """Tune one entry of experiments.yaml on validation prompts: results/tuning/NAME.csv.
+
+    Every entry has as many trials. The first takes each parameter's `start`; the next ones step from the best so far to
+    its neighbours on each ladder (a factor of `ladder` up or down), so that no best is left at an edge while trials last.
+    """
     tuning, params = storage.read_yaml(EXPERIMENTS)["tuning"], storage.read_yaml(PARAMS)
-    if name not in tuning["trials"]:
-        raise ValueError(f"{EXPERIMENTS} has no trials of {name!r}. It has: {', '.join(tuning['trials'])}.")
-    method, grid = tuning["trials"][name]["method"], tuning["trials"][name]["grid"]
-    runs = {f"{name}-{index}": {"method": method, **tried} for index, tried in enumerate(grid)}
-    planned, problems, rows = experiment("tuning", "student", runs), load_problems(params["task"])["validation"], []
-    measures = {"accuracy": "correct", "csr": "satisfied", "accuracy_within": "correct_within", "cost": "cost"}
-    for (index, key), seed in itertools.product(enumerate(runs), tuning["seeds"]):
-        train(planned, key, seed, check_fit=False)
-        pair = load_trained(planned, key, seed)
-        completions, _ = measure(planned, pair, seed, problems, samples=tuning["samples"], greedy=False)
-        sampled = with_budget(completions, **params["budget"])
-        means = {measure: sampled[column].mean() for measure, column in measures.items()}
-        rows.append({"index": index, "seed": seed, **grid[index], **means})
+    if name not in tuning["entries"]:
+        raise ValueError(f"{EXPERIMENTS} tunes no {name!r}, but {', '.join(tuning['entries'])}.")
+    entry, problems = tuning["entries"][name], load_problems(params["task"])["validation"]
+    start = tuning["start"] | entry.get("start", {})
+    names, tried = list(start), {}
+    while len(tried) < tuning["trials"]:
+        places = sorted(tried, key=lambda place: -tried[place][0]["score"]) or [None]
+        place = next(step for best in places for step in _neighbours(best, len(names)) if step not in tried)
+        values = {key: start[key] * tuning["ladder"] ** k for key, k in zip(names, place, strict=True)}
+        key = f"{name}-{len(tried)}"
+        planned = experiment("tuning", "student", {key: {"method": entry["method"], **entry["fixed"], **values}})
+        rows = []
+        for seed in tuning["seeds"]:
+            train(planned, key, seed, check_fit=False)
+            pair = load_trained(planned, key, seed)
+            completions, _ = measure(planned, pair, seed, problems, samples=tuning["samples"], greedy=False)
+            budget = entry["fixed"].get("budget", params["budget"]["budget"])
+            sampled = with_budget(completions, budget)
+            means = {measure: float(sampled[column].mean()) for measure, column in MEASURES.items()}
+            rows.append({"trial": len(tried), "seed": seed, **entry["fixed"], **values, **means})
+        mean = pd.DataFrame(rows)[[*MEASURES]].mean()
+        tried[place] = [row | {"score": score_of(entry, mean, tuning["csr"])} for row in rows]
     path = RESULTS / "tuning" / f"{name}.csv"
-    storage.write_table(pd.DataFrame(rows), path)
-    print(f"{path}: {len(rows)} trials")
+    storage.write_table(pd.DataFrame([row for rows in tried.values() for row in rows]), path)
+    print(f"{path}: {len(tried)} trials")
+
+
+def _neighbours(place: tuple[int, ...] | None, parameters: int):
+    """The places one step from `place` on the ladders, down first, and without one the start."""
+    if place is None:
+        yield (0,) * parameters
+    else:
+        for index in range(parameters):
+            for step in (-1, 1):
+                yield (*place[:index], place[index] + step, *place[index + 1 :])
+
+
+def score_of(entry: dict, means: pd.Series, csr: float) -> float:
+    """What tuning maximises. `accuracy`: the task reward; `closeness`: less cost; `lagrangian`: E[R] - lambda E[C];
+    `constrained`: accuracy where the CSR is `csr` or more, and else (below any such) the CSR."""
+    if entry["by"] == "constrained":
+        return means["accuracy"] if means["csr"] >= csr else means["csr"] - 1
+    price = {"accuracy": 0.0, "lagrangian": entry["fixed"].get("lam", 0.0)}.get(entry["by"])
+    return -means["cost"] if price is None else means["accuracy"] - price * means["cost"]

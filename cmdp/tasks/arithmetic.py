@@ -1,31 +1,26 @@
-"""Word problems over small whole numbers, generated: the default task, with a program to check every step.
+"""Chains of small sums, generated: the default task, whose teacher is careless by design (method, section 11).
 
-    Ana has 7 then gets 5 then loses 3 then times 2 . how many ?
-    so 7 + 5 = 12 ; 12 - 3 gives 9 ; next * 2 on 9 gives 18 ; # 18
+    Dan 7 + 5 * 2 =
+    12 24
 
-A solution is one equation per step and then the answer. Each equation has one of nine phrasings, drawn at random, so
-that the teacher has entropy and a student trained on the answer alone visibly drifts to one phrasing.
+A problem applies its operations from left to right, and a solution is the value after each. The name says who solved
+it: `slips` gives how often a step of that person's training solutions is one too large; the solution then goes on from
+there. The answer asked for is always the true one, so a model of such solutions knows the sums and samples slips.
 """
 
 import random
 import re
 
 NAMES = ("Ana", "Ben", "Cleo", "Dan", "Eva", "Finn")
-VERBS = {"gets": "+", "loses": "-", "times": "*"}
-LEADS = ("", "so ", "next ")
-PHRASINGS = ("{a} {op} {b} = {c}", "{a} {op} {b} gives {c}", "{op} {b} on {a} gives {c}")
-LARGEST = 20  # no number in a problem or its solution is larger
-
-_N = "[0-9]{1,9}"  # `int` raises on thousands of digits
-_EQUATION = re.compile(rf"(?:(so|next) )?(?:{_N} [+*-] {_N} (=|gives)|[+*-] {_N} (on) {_N} gives) {_N}")
-_ANSWER = re.compile(rf"(?<!\S)# ({_N})$")
-_PROMPT = re.compile(r"has (\d+)|then (gets|loses|times) (\d+)")
+LARGEST = 20  # no true value of a problem is larger
+MOST_STEPS = 4
+_LARGEST_SLIPPED = LARGEST + sum(3**step for step in range(MOST_STEPS))  # slips of 1, each tripled by what follows
+_PROMPT = re.compile(r"(\d+)|([-+*]) (\d+)")
 
 
 def vocabulary() -> list[str]:
     """Every word of prompts and solutions; each is one token."""
-    words = ["has", "then", ".", "how", "many", "?", "so", "next", "=", "gives", "on", ";", "#", *VERBS.values()]
-    return [*words, *NAMES, *VERBS, *map(str, range(LARGEST + 1))]
+    return ["=", "+", "-", "*", *NAMES, *map(str, range(_LARGEST_SLIPPED + 1))]
 
 
 def apply(a: int, op: str, b: int) -> int:
@@ -33,73 +28,68 @@ def apply(a: int, op: str, b: int) -> int:
     return a + b if op == "+" else a - b if op == "-" else a * b
 
 
-def draw(rng: random.Random, steps: int) -> tuple[int, list[tuple[str, int]]]:
-    """A start and `steps` operations whose running value stays within 0..LARGEST."""
-    start = value = rng.randint(1, 20)
-    operations = []
-    for _ in range(steps):
-        verbs = ["gets"] * (value + 9 <= LARGEST) + ["loses"] * (value >= 1) + ["times"] * (0 < value * 3 <= LARGEST)
-        verb = rng.choice(verbs)
-        number = rng.choice((2, 3)) if verb == "times" else rng.randint(1, min(9, value) if verb == "loses" else 9)
-        value = apply(value, VERBS[verb], number)
-        operations.append((verb, number))
-    return start, operations
+def draw(rng: random.Random, steps: int) -> tuple[str, int, list[tuple[str, int]]]:
+    """A name, a start, and `steps` operations whose running value stays within 1..LARGEST."""
+    name = rng.choice(NAMES)
+    while True:
+        start = value = rng.randint(1, 9)
+        operations = []
+        while 1 <= value <= LARGEST and len(operations) < steps:
+            op = rng.choice("+-*")
+            operations.append((op, rng.randint(2, 3) if op == "*" else rng.randint(1, 6)))
+            value = apply(value, *operations[-1])
+        if 1 <= value <= LARGEST:
+            return name, start, operations
 
 
-def render(rng: random.Random, start: int, operations: list[tuple[str, int]]) -> dict[str, str]:
-    """A problem as `prompt`, `solution` (with random phrasings) and `answer`."""
-    prompt = f"{rng.choice(NAMES)} has {start}" + "".join(f" then {verb} {n}" for verb, n in operations)
-    value, lines = start, []
-    for verb, number in operations:
-        result = apply(value, VERBS[verb], number)
-        phrasing = rng.choice(LEADS) + rng.choice(PHRASINGS)
-        lines.append(phrasing.format(a=value, op=VERBS[verb], b=number, c=result))
-        value = result
-    solution = " ; ".join([*lines, f"# {value}"])
-    return {"prompt": f"{prompt} . how many ?\n", "solution": solution, "answer": str(value)}
+def solve(start: int, operations: list[tuple[str, int]], slip=lambda: 0) -> list[int]:
+    """The value after each operation; `slip` gives what a step adds to it."""
+    values = [start]
+    for operation in operations:
+        values.append(apply(values[-1], *operation) + slip())
+    return values[1:]
 
 
-def problems(sizes: dict[str, int], steps: tuple[int, int], seed: int) -> dict[str, list[dict[str, str]]]:
-    """Splits of `sizes` problems with `steps` = (fewest, most) operations, drawn in the order of `sizes`. No two
-    problems have the same start and operations. Raises `ValueError` where there are not so many different problems."""
-    rng = random.Random(seed)
-    seen: set = set()
+def problems(
+    sizes: dict[str, int], steps: list[int], seed: int, slips: dict[str, float] | None = None
+) -> dict[str, list[dict[str, str]]]:
+    """Splits of `sizes` problems, drawn in the order of `sizes`: rows of `prompt`, `solution` and `answer`.
 
-    def problem() -> dict[str, str]:
-        for _ in range(100_000):
-            start, operations = draw(rng, rng.randint(*steps))
-            if (start, *operations) not in seen:
-                seen.add((start, *operations))
-                return render(rng, start, operations)
-        raise ValueError(f"Too few different problems of {steps} steps for {sizes}: ask for fewer.")
+    No two problems are the same, but for the split `supervised`: its problems may come back, none of them is in another
+    split, and its solutions slip. Raises `ValueError` where there are not so many different problems.
 
-    return {name: [problem() for _ in range(size)] for name, size in sizes.items()}
+    Args:
+        steps: the numbers of operations to choose from.
+        slips: by name, how often a step slips; never unless given.
+    """
+    if max(steps) > MOST_STEPS:
+        raise ValueError(f"A problem has at most {MOST_STEPS} steps, not {max(steps)}.")
+    rng, seen, splits = random.Random(seed), set(), {}
+    for split, size in sorted(sizes.items(), key=lambda item: item[0] == "supervised"):
+        supervised, rows, tries = split == "supervised", [], 0
+        while len(rows) < size:
+            name, start, operations = draw(rng, rng.choice(steps))
+            prompt, tries = f"{name} {start} {' '.join(f'{op} {n}' for op, n in operations)} =", tries + 1
+            if tries > 100 * size:
+                raise ValueError(f"Too few different problems of {steps} steps for {sizes}: ask for fewer.")
+            if prompt in seen:
+                continue
+            rate = (slips or {}).get(name, 0.0) if supervised else 0.0
+            solution = solve(start, operations, lambda rate=rate: int(rng.random() < rate))
+            answer = str(solve(start, operations)[-1])
+            rows.append({"prompt": prompt, "solution": " ".join(map(str, solution)), "answer": answer})
+            if not supervised:
+                seen.add(prompt)
+        splits[split] = rows
+    return {split: splits[split] for split in sizes}
 
 
 def is_correct(completion: str, answer: str) -> bool:
-    """Whether the completion ends in "# answer"."""
-    match = _ANSWER.search(completion.strip())
-    return match is not None and int(match[1]) == int(answer)
+    """Whether the completion ends in the answer."""
+    return completion.split()[-1:] == [answer]
 
 
 def steps_are_valid(completion: str, prompt: str) -> bool:
-    """Whether the completion is a valid derivation: for each step of the prompt, in order, one true equation with its
-    operation and number that starts from the value before; then the last value as answer."""
-    (start, _, _), *operations = _PROMPT.findall(prompt)
-    *lines, answer = completion.strip().split(" ; ")
-    if len(lines) != len(operations):
-        return False
-    value = int(start)
-    for line, (_, verb, number) in zip(lines, operations, strict=True):
-        op, result = VERBS[verb], apply(value, VERBS[verb], int(number))
-        phrased = [lead + form.format(a=value, op=op, b=number, c=result) for lead in LEADS for form in PHRASINGS]
-        if line not in phrased:
-            return False
-        value = result
-    return answer == f"# {value}"
-
-
-def style(completion: str) -> str:
-    """How each equation is phrased, as its lead and form: "so=", "on", ...; "?" for what is no equation."""
-    matches = [_EQUATION.fullmatch(line) for line in completion.strip().split(" ; ")[:-1]]
-    return " ".join((m[1] or "") + (m[2] or m[3]) if m else "?" for m in matches)
+    """Whether the completion is the value after each step of the prompt, all right."""
+    (start, *_), *operations = _PROMPT.findall(prompt)
+    return completion.split() == [str(value) for value in solve(int(start), [(op, int(n)) for _, op, n in operations])]
