@@ -93,8 +93,8 @@ class CMDPConfig(GRPOConfig):
                     raise ValueError(f"{name} must be {allowed}, not {getattr(self, name)!r}.")
         if self.budget_from is not None and math.inf in (self.budget, self.budget_from):
             raise ValueError("budget_from moves to the budget: give both finite, or neither.")
-        if self.penalty > 0 and self.reward_form == "lagrangian":
-            raise ValueError("The lagrangian form knows no violation and so no penalty n: leave penalty at 0.")
+        if self.penalty > 0 and self.reward_form in ("lagrangian", "soft_hinge"):
+            raise ValueError(f"The form {self.reward_form} has no penalty n: leave penalty at 0.")
         if self.dual_rate and (self.reward_form not in ("lagrangian", "soft_hinge") or self.budget == math.inf):
             raise ValueError("dual_rate needs reward_form='lagrangian' or 'soft_hinge', and a budget.")
         if self.reward_form == "soft_hinge" and None in (self.csr_target, self.dual_rate or None):
