@@ -1,8 +1,9 @@
 """What a budget can buy in the default experiment, exactly (method, section 11): its contest test and its ceiling.
 
 A problem has one right completion, and a slip is never made good. So a student is a chain: it takes step i right with
-probability a_i where the teacher does with p_i, is right with prod a_i, and spends kl(a_i || p_i) nats at each step up to
-its first slip. Arrays are (N, K), a row per prompt; steps that a prompt has not are 1. No torch: p is read from results.
+probability a_i where the teacher does with p_i, is right with prod a_i, and spends kl(a_i || p_i) nats at each step up
+to its first slip. Arrays are (N, K), a row per prompt; steps that a prompt has not are 1. No torch: p is read from
+results files.
 """
 
 from typing import NamedTuple
@@ -10,8 +11,11 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from cmdp.ceiling import account, bernoulli_kl, spend
+from cmdp.ceiling import BUDGETS, account, bernoulli_kl, spend
+from cmdp.statistics import bootstrap, bounds, cells, interval, with_budget
 
+TEACHER = "teacher"  # the run that measures it
+TESTED = (0.2, 0.3, 0.5, 0.8, 1.2)  # budgets of the contest test, in nats
 LAMBDAS = np.geomspace(0.03, 5, 160)
 
 
@@ -88,26 +92,68 @@ def chains(rows: list[list[float]]) -> np.ndarray:
     return np.array([[*row, *[1.0] * (max(map(len, rows)) - len(row))] for row in rows])
 
 
-def accounts(exact: pd.DataFrame, completions: pd.DataFrame, teacher: pd.DataFrame) -> pd.DataFrame:
-    """Each run's accuracy as a share of the ceiling at its own mean cost, and its useful and wasted nats.
+def measured(exact: pd.DataFrame) -> np.ndarray:
+    """p of the trained teacher, from the gathered tables `exact.csv` of the runs.
 
-    `exact` has each run's probability of the right completion by seed and prompt, as `right`, `teacher` the teacher's;
-    `completions` the sampled costs.
+    Raises:
+        ValueError: the teacher was not measured.
     """
-    q, rows = teacher.groupby("prompt")["right"].mean(), []
-    right = exact.groupby(["run", "prompt"], sort=False)["right"].mean()
-    cost = completions.groupby(["run", "prompt"])["cost"].mean()
-    for run in right.index.unique("run"):
-        a, spent = right[run], cost[run]
-        found = account(a.to_numpy(), q[a.index].to_numpy(), spent[a.index].to_numpy())
-        ceiling = _at_mean_cost(q[a.index].to_numpy(), found["cost"])
-        rows.append({"run": run, "accuracy": a.mean(), "ceiling": ceiling, "share": a.mean() / ceiling, **found})
+    own = exact[exact["run"] == TEACHER]
+    if own.empty:
+        raise ValueError(f"What a budget can buy is computed from the run {TEACHER!r}: keep it in experiments.yaml.")
+    return own.filter(like="step_").fillna(1.0).to_numpy()
+
+
+def contests(p: np.ndarray, slips: dict[str, float], steps: list[int]) -> pd.DataFrame:
+    """The contest test of the experiment as `measured` (p) and by design, and of two in which nobody can win: prompts
+    that are all alike, and a careful teacher."""
+    experiments = {
+        "measured": p,
+        "design": by_design(slips, steps),
+        "one kind of prompt": by_design({"anyone": 0.25}, [3]),
+        "careful": by_design(dict.fromkeys(slips, 0.01), steps),
+    }
+    tables = [contest(given, TESTED).assign(experiment=name) for name, given in experiments.items()]
+    table = pd.concat(tables, ignore_index=True)
+    return table[["experiment", *table.columns.drop("experiment")]]
+
+
+def prices(p: np.ndarray) -> pd.DataFrame:
+    """What each budget buys: the ceiling with its 95 % interval over prompts, and both optima on chains. The pass rates
+    are exact, so that the mean has no sampling bias (`cmdp.ceiling.price_list`)."""
+    table = contest(p, BUDGETS).drop(columns=["teacher", "gap"])
+    ends = [bounds(bootstrap(spend(budget, p.prod(axis=1))[None])) for budget in table["budget"]]
+    table["low"], table["high"] = zip(*ends, strict=True)
+    return table[["budget", "ceiling", "low", "high", "budgeted", "soft", "soft_lambda"]]
+
+
+def accounts(completions: pd.DataFrame, budgets: dict[str, float]) -> pd.DataFrame:
+    """A row per run of `budgets`: its accuracy as a share of the ceiling at its own mean cost, and how many of its nats
+    are useful and wasted.
+
+    The accuracy is exact, column `right` of the sampled `completions`, those of the teacher among them; costs and CSR
+    are sampled. Nats are useful by seed and prompt: a mean over seeds first would be a better student than any.
+    """
+    by_run, rows = dict(list(completions.groupby("run", sort=False))), []
+    q = cells(by_run[TEACHER], "right").mean(axis=0)
+    for run in [run for run in by_run if run in budgets]:
+        table = with_budget(by_run[run], budgets[run])
+        a, cost = cells(table, "right"), cells(table, "cost")
+        found = account(a, np.broadcast_to(q, a.shape), cost)
+        accuracy, ceiling = interval(a), at_mean_cost(q, found["cost"])
+        row = {"run": run, "budget": budgets[run], **dict(zip(("accuracy", "low", "high"), accuracy, strict=True))}
+        row |= {"cost": found["cost"], "ceiling": ceiling, "share": accuracy[0] / ceiling}
+        row |= {name: found[name] for name in ("useful", "wasted")} | {"csr": table["satisfied"].mean()}
+        rows.append(row | {"seeds": len(a)})
     return pd.DataFrame(rows)
 
 
-def _at_mean_cost(q: np.ndarray, cost: float) -> float:
-    """The highest mean accuracy that a mean of `cost` nats can buy: nats are dealt to prompts so that a nat buys as much
-    on each, by the tilt q exp(eta) / (q exp(eta) + 1 - q) with one eta for all."""
+def at_mean_cost(q: np.ndarray, cost: float) -> float:
+    """The highest mean accuracy that a mean of `cost` nats over prompts can buy.
+
+    It is max mean(a) subject to mean(kl(a || q)) <= cost. kl is convex in a, so at the optimum its derivative,
+    logit a - logit q = eta, is one for all prompts: a nat buys as much on each.
+    """
     low, high = 0.0, 50.0
     for _ in range(60):
         eta = (low + high) / 2
