@@ -1,14 +1,14 @@
-"""A verdict for each of the paper's claims (method, section 9), computed from results files.
+"""A verdict for each of the paper's claims (method, section 9) and for two of ours, computed from results files.
 
-The subject is `cmdp`, the paper's method as we read it. claims.yaml says what is compared on which measure and in which
-words; a small function judges. Differences are paired over seeds and prompts; all verdicts share the 5 % (Bonferroni).
-A gain is
+The subject is the paper's reward at its best settings, `best.subject` of results/chosen.yaml. claims.yaml says what is
+compared on which measure and in which words; a small function judges. Differences are paired over seeds and prompts; the
+verdicts on the paper's claims share the 5 % (Bonferroni), those on ours take the intervals of `tables.equal_csr`. A gain is
 
 - replicated, where its interval lies above zero, though perhaps below the published figure;
 - not replicated, where its interval does not, and excludes the published figure;
 - inconclusive otherwise.
 
-A bootstrap over five seeds is narrow: read a verdict that hangs on a bound's last point as inconclusive.
+A bootstrap over three seeds is narrow: read a verdict that hangs on a bound's last point as inconclusive.
 """
 
 import json
@@ -22,14 +22,13 @@ import yaml
 
 from cmdp.statistics import MANY_RESAMPLES, bootstrap, bounds, cells, interval, with_budget
 from cmdp.storage import read_yaml, write_table
-from cmdp.tasks import load_problems
-from replication.experiments import EXPERIMENTS, PARAMS, RESULTS, gather, rows
-from replication.tables import MEASURES, difference, ranges, read_completions, read_trials, wins
+from replication.experiments import EXPERIMENTS, PARAMS, RESULTS, Row, gather, rows
+from replication.tables import MEASURES, by_name, difference, equal_csr, read_completions, soft_lambdas, wins
+from replication.tune import ROLES, under_constraint
 
 YES, NO, OPEN, UNTESTED = "replicated", "not replicated", "inconclusive", "not tested at this scale"
-SUBJECT, SOFT = "cmdp", "gkd-grpo"  # the paper's method and the soft Lagrangian
+SUPPORTED = {YES: "supported", NO: "not supported", OPEN: OPEN}  # the verdicts on claims of ours
 NO_OVERHEAD = 1.05  # ratio of step times up to which there is none
-FEW = 3  # seeds: a comparison of single runs decides nothing
 CLAIMS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
@@ -37,15 +36,18 @@ CLAIMS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="
 class Study:
     """What the verdicts are computed from."""
 
-    completions: pd.DataFrame  # `tables.read_completions`
+    completions: pd.DataFrame  # `tables.read_completions`, sampled
     times: pd.DataFrame
-    strengths: pd.DataFrame  # `tables.strength`
-    trials: pd.DataFrame  # `tables.read_trials`
+    trials: pd.DataFrame  # results/tuning.csv, with the `method` of each run
+    equal: pd.DataFrame  # `tables.equal_csr`
     benchmark: pd.DataFrame
     theory: dict
     steps: np.ndarray  # of each held-out problem, by its index
-    soft: str  # the soft Lagrangian that did best on validation prompts
-    ours: str  # the constrained variant of ours that did
+    rows: dict[str, Row]  # by name
+    lambdas: dict[str, float]  # `tables.soft_lambdas`
+    soft: str  # the best soft Lagrangian on validation prompts
+    subject: str  # the paper's method at its best settings
+    ours: str  # the constrained method of ours
     budget: float  # nats per trajectory
     settings: dict  # `claims` in experiments.yaml
 
@@ -55,25 +57,13 @@ class Study:
         return 1 - 0.05 / self.settings["comparisons"]
 
     @cached_property
-    def runs(self) -> dict[str, dict[str, pd.DataFrame]]:
-        """The completions by split (test, longer) and run, with what depends on the budget."""
-        splits = with_budget(self.completions, self.budget).groupby("split")
-        return {split: dict(list(table.groupby("run"))) for split, table in splits}
+    def runs(self) -> dict[str, pd.DataFrame]:
+        """The completions by run, with what depends on the budget."""
+        return dict(list(with_budget(self.completions, self.budget).groupby("run")))
 
     def minus(self, run: str, baseline: str, measure: str) -> tuple[float, float, float]:
         """(mean, low, high) of a measure's paired difference."""
-        ours, theirs = self.runs["test"][run], self.runs["test"][baseline]
-        return difference(ours, theirs, MEASURES[measure], self.level, MANY_RESAMPLES)[:3]
-
-    def mean(self, table: pd.DataFrame, measure: str) -> tuple[float, float, float]:
-        """(mean, low, high) of a measure."""
-        return interval(cells(table, MEASURES[measure]), level=self.level, resamples=MANY_RESAMPLES)
-
-    @property
-    def sweeps(self) -> dict[str, pd.DataFrame]:
-        """Accuracy within the budget by lambda, of the subject and of the soft Lagrangian."""
-        table = self.strengths[self.strengths["measure"] == "accuracy_within"]
-        return {method: table[table["method"] == method].sort_values("lam") for method in (SUBJECT, SOFT)}
+        return difference(self.runs[run], self.runs[baseline], MEASURES[measure], self.level, MANY_RESAMPLES)[:3]
 
 
 def share(value: tuple[float, float, float], form: str = "{:.1f} % [{:.1f}, {:.1f}]") -> str:
@@ -89,25 +79,43 @@ def gain(low: float, high: float, published: float, none: float = 0.0) -> str:
     return YES if low > none else NO if high < published else OPEN
 
 
+def weakest(verdicts: list[str]) -> str:
+    """The verdict on a claim of which all must hold."""
+    return min(verdicts, key=(NO, OPEN, YES).index)
+
+
 def over_soft(study: Study, claim: dict) -> tuple[str, dict]:
     """A gain over the soft Lagrangian."""
-    found, ours = (study.minus(run, study.soft, claim["measure"]) for run in (SUBJECT, study.ours))
+    found, ours = (study.minus(run, study.soft, claim["measure"]) for run in (study.subject, study.ours))
     return gain(*found[1:], claim["gain"]), {"found": points(found), "ours": points(ours)}
+
+
+def at_equal_csr(study: Study, claim: dict) -> tuple[str, dict]:
+    """A gain over the soft Lagrangian's curve at the CSR of the run itself; none can be told where it is looser."""
+    runs = {run: study.rows[run] for run in (study.subject, study.ours, *study.lambdas)}
+    given = (study.lambdas, study.budget, study.settings["target"], claim["measure"], study.level)
+    table = equal_csr(study.completions, runs, *given).set_index("run")
+    found = table.loc[study.subject, ["difference", "low", "high"]]
+    said = {
+        name: points(table.loc[run, [*found.index]]) for name, run in (("found", study.subject), ("ours", study.ours))
+    }
+    said["csr"] = f"{100 * table.loc[study.subject, 'csr']:.1f} %, {table.loc[study.subject, 'place']} the curve"
+    return OPEN if found.isna().any() else gain(found["low"], found["high"], claim["gain"]), said
 
 
 def win_rate(study: Study, claim: dict) -> tuple[str, dict]:
     """Pairwise win rates over each baseline; the weakest verdict counts."""
-    rates = wins(study.completions, claim["baselines"], [SUBJECT, study.ours], study.level, MANY_RESAMPLES)
+    rates = wins(study.completions, claim["baselines"], [study.subject, study.ours], study.level, MANY_RESAMPLES)
     verdicts, said = [], []
     for run, baseline, *rate in rates[["run", "baseline", "win_rate", "low", "high"]].to_numpy():
-        said.append(f"{run}{' (ours)' * (run != SUBJECT)} over {baseline}: {share(rate)}")
-        verdicts += [gain(*rate[1:], 0.5 + claim["gain"] / 2, none=0.5)] if run == SUBJECT else []
-    return min(verdicts, key=(NO, OPEN, YES).index), {"rates": "; ".join(said)}
+        said.append(f"{run}{' (ours)' * (run == study.ours)} over {baseline}: {share(rate)}")
+        verdicts += [gain(*rate[1:], 0.5 + claim["gain"] / 2, none=0.5)] if run == study.subject else []
+    return weakest(verdicts), {"rates": "; ".join(said)}
 
 
 def at_similar_csr(study: Study, claim: dict) -> tuple[str, dict]:
     """A gain where the CSR is similar; elsewhere both differences must agree."""
-    found, csr = (study.minus(SUBJECT, claim["baselines"][0], measure) for measure in (claim["measure"], "csr"))
+    found, csr = (study.minus(study.subject, claim["baselines"][0], measure) for measure in (claim["measure"], "csr"))
     said = {"found": points(found), "csr": points(csr), "unlike": ""}
     if abs(csr[0]) <= study.settings["alike"]:
         return gain(*found[1:], claim["gain"]), said
@@ -116,104 +124,144 @@ def at_similar_csr(study: Study, claim: dict) -> tuple[str, dict]:
 
 
 def competitive(study: Study, claim: dict) -> tuple[str, dict]:
-    """No loss beyond the tolerance against the baseline that did best on validation prompts."""
+    """No loss beyond the tolerance against the baseline that did best under the constraint on validation prompts."""
     chosen = study.trials[(study.trials["chosen"] == 1) & study.trials["run"].isin(claim["baselines"])]
-    best, tolerance = chosen.loc[chosen["accuracy"].idxmax(), "run"], study.settings["tolerance"]
-    loss, ours = (study.minus(run, best, "accuracy") for run in (SUBJECT, study.ours))
-    other = [run for run in [claim["beside"]] if run in study.runs["test"]]
-    beside = "".join(f"; against {run}: {points(study.minus(SUBJECT, run, 'accuracy'))}" for run in other)
+    best = chosen.loc[under_constraint(chosen, study.settings["target"]).idxmax(), "run"]
+    loss, ours = (study.minus(run, best, "accuracy") for run in (study.subject, study.ours))
+    beside = "; ".join(
+        f"against {run}: {points(study.minus(study.subject, run, 'accuracy'))}" for run in claim["beside"]
+    )
+    tolerance = study.settings["tolerance"]
     said = {"found": points(loss), "best": best, "beside": beside, "ours": points(ours)}
     return gain(*loss[1:], -tolerance, -tolerance), said
 
 
 def same_student(study: Study, claim: dict) -> tuple[str, dict]:
     """The distilled student has the parameters of the one before, and no more."""
-    before, after = (set(study.times[study.times["run"] == run]["parameters"]) for run in ("sft", SUBJECT))
+    before, after = (set(study.times[study.times["run"] == run]["parameters"]) for run in ("sft", study.subject))
     return YES if before == after else NO, {"the": "the" if before == after else "not the", "count": min(after)}
 
 
 def no_overhead(study: Study, claim: dict) -> tuple[str, dict]:
     """A step takes no longer than the soft Lagrangian's and dual ascent's."""
-    ratios = study.benchmark.set_index("trainer").loc[[f"{SUBJECT} / {name}" for name in claim["timed"]]]
+    ratios = study.benchmark.set_index("trainer").loc[[f"{ROLES['subject']} / {name}" for name in claim["timed"]]]
     verdict = YES if ratios["high"].max() <= NO_OVERHEAD else NO if ratios["low"].min() > NO_OVERHEAD else OPEN
     return verdict, {"ratios": [f"{row.median:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in ratios.itertuples()]}
 
 
 def guaranteed(study: Study, claim: dict) -> tuple[str, dict]:
     """The bound on violations holds on token trees, and a trained student keeps the target."""
-    bound = max(found["greatest_p_over_bound"] for found in study.theory["penalty_bound"].values())
-    kept, target = study.mean(study.runs["test"][SUBJECT], claim["measure"]), study.settings["target"]
+    bound, target = (
+        max(found["greatest_p_over_bound"] for found in study.theory["penalty_bound"].values()),
+        claim["measure"],
+    )
+    kept, ours = (
+        interval(cells(study.runs[run], MEASURES[target]), level=study.level, resamples=MANY_RESAMPLES)
+        for run in (study.subject, study.ours)
+    )
+    target = study.settings["target"]
     verdict = NO if bound > 1 or kept[2] < target else YES if kept[1] >= target else OPEN
-    return verdict, {"keep": "keep" if bound <= 1 else "break", "bound": bound, "kept": share(kept)}
+    said = {"keep": "keep" if bound <= 1 else "break", "bound": bound, "kept": share(kept), "ours": share(ours)}
+    return verdict, said
 
 
 def degrades(study: Study, claim: dict) -> tuple[str, dict]:
     """A larger part of the accuracy is lost with more steps than the soft Lagrangian loses."""
     said, means, draws = {"fewest": study.steps.min(), "most": study.steps.max()}, {}, {}
-    for run in (SUBJECT, study.soft):
-        table = study.runs["test"][run]
-        easy, hard = (cells(table[study.steps[table["prompt"]] == count], "correct") for count in said.values())
+    for run in (study.subject, study.soft):
+        table, column = study.runs[run], MEASURES[claim["measure"]]
+        easy, hard = (cells(table[study.steps[table["prompt"]] == count], column) for count in said.values())
         means[run] = 1 - hard.mean() / easy.mean()  # below: the same seeds, other prompts
         draws[run] = 1 - bootstrap(hard, resamples=MANY_RESAMPLES) / bootstrap(easy, resamples=MANY_RESAMPLES)
     mine, theirs = ((means[run], *bounds(draws[run], study.level)) for run in means)
-    further = (mine[0] - theirs[0], *bounds(draws[SUBJECT] - draws[study.soft], study.level))
-    longer = {run: study.runs["longer"].get(run) for run in (SUBJECT, study.soft, "teacher")}
-    solved = [f"{run} solves {share(study.mean(of, claim['measure']))}" for run, of in longer.items() if of is not None]
-    said |= {"mine": share(mine), "theirs": share(theirs), "further": points(further), "solved": ", ".join(solved)}
+    further = (mine[0] - theirs[0], *bounds(draws[study.subject] - draws[study.soft], study.level))
+    said |= {"mine": share(mine), "theirs": share(theirs), "further": points(further)}
     return gain(*further[1:], study.settings["tolerance"]), said
 
 
-def span(sweep: pd.DataFrame) -> tuple[float, float, bool]:
-    """(low, high, at_edge) of a method's rows of `tables.strength` by `lam`: the lambdas around its best that are near
-    it without a gap, and whether the best is the least or the greatest tried, so that the range may go on."""
-    sweep, best = sweep.reset_index(drop=True), int(sweep["mean"].argmax())
-    stretch = (sweep["near_best"] == 0).cumsum()  # one number from a gap to the next
-    lam = sweep["lam"][(sweep["near_best"] == 1) & (stretch == stretch[best])]
-    return float(lam.min()), float(lam.max()), best in (0, len(sweep) - 1)
+def careful_tuning(study: Study, claim: dict) -> tuple[str, dict]:
+    """Fewer of its tuning trials work than of the soft Lagrangian's; a difference of less than one trial decides nothing.
+
+    A trial works where it keeps the target and is near the best accuracy of the role's trials that do.
+    """
+    parts, said = {}, {}
+    for role, method in ROLES.items():
+        own = study.trials[study.trials["run"] == study.subject] if role == "subject" else study.trials
+        own = under_constraint(own[own["method"] == method], study.settings["target"])
+        works = own >= max((1 - study.settings["near"]) * own.max(), 0)
+        parts[role], said[role] = works.mean(), f"{works.sum()} of {len(own)}"
+    trial = 1 / study.trials["run"].value_counts()[study.subject]
+    verdict = NO if parts["subject"] >= parts["soft"] else YES if parts["subject"] + trial <= parts["soft"] else OPEN
+    return verdict, {f"{role}_works": text for role, text in said.items()}
 
 
-def narrow(study: Study, claim: dict) -> tuple[str, dict]:
-    """The range of lambda that works is narrower than the soft Lagrangian's."""
-    sweeps, near, said, width, edges = study.sweeps, study.settings["near"], "", {}, []
-    tuned = ranges(study.trials, near).drop_duplicates("method").set_index("method")
-    for name, sweep in sweeps.items():
-        low, high, at_edge = span(sweep)
-        width[name], tried = high / low, ", ".join(f"{lam:g}" for lam in sweep["lam"])
-        edges.append(at_edge)
-        said += f"{name}: near its best with lambda from {low:g} to {high:g}{', its best at an edge' * at_edge}, "
-        said += "of {}, and in {near_best} of {trials} tuning trials; ".format(tried, **tuned.loc[name])
-    before, least = study.runs["test"]["sft"]["correct_within"].mean(), (1 - near) * sweeps[SUBJECT]["mean"].max()
-    decided = pd.concat(sweeps)["seeds"].min() >= FEW and before < least and not any(edges)
-    verdict = OPEN if not decided else YES if width[SUBJECT] < width[SOFT] else NO
-    return verdict, {"ranges": said, "least": 100 * least, "before": 100 * before}
+def _by_budget(study: Study) -> tuple[pd.DataFrame, dict]:
+    """The rows of ours in `equal`, by budget, and how to say them."""
+    own = study.equal[study.equal["method"] == study.ours].sort_values("budget")
+    said = [
+        f"{row.budget:g} nats: CSR {share((row.csr, row.csr_low, row.csr_high))}, at equal CSR "
+        f"{points((row.difference, row.low, row.high))}, against lambda {row.soft_lambda:g} "
+        f"{points((row.target_difference, row.target_low, row.target_high))}"
+        for row in own.itertuples()
+    ]
+    return own, {"budgets": "; ".join(said)}
 
 
-_JUDGES = (over_soft, win_rate, at_similar_csr, competitive, same_student, no_overhead, guaranteed, degrades, narrow)
+def at_every_budget(study: Study, claim: dict) -> tuple[str, dict]:
+    """At each budget it keeps the target and loses no accuracy to the soft Lagrangian, beyond the tolerance."""
+    own, said = _by_budget(study)
+    target, tolerance = study.settings["target"], study.settings["tolerance"]
+    verdicts = [gain(row.csr_low, row.csr_high, target, target) for row in own.itertuples()]
+    verdicts += [gain(row.low, row.high, -tolerance, -tolerance) for row in own.itertuples()]
+    return SUPPORTED[weakest(verdicts)], said
+
+
+def at_some_budget(study: Study, claim: dict) -> tuple[str, dict]:
+    """At one budget or more it is more accurate than the soft Lagrangian at equal CSR."""
+    own, said = _by_budget(study)
+    better = [gain(row.low, row.high, 0.0) for row in own.itertuples()]
+    return SUPPORTED[max(better, key=(NO, OPEN, YES).index)], said
+
+
+_JUDGES = (over_soft, at_equal_csr, win_rate, at_similar_csr, competitive, same_student, no_overhead, guaranteed)
+_JUDGES += (degrades, careful_tuning, at_every_budget, at_some_budget)
 JUDGES = {judge.__name__: judge for judge in _JUDGES}
 
 
-def effort(trials: pd.DataFrame, method: str) -> str:
-    """How many trials a method was tuned by, and which of the best's settings are at the edge of those tried."""
-    own = trials[trials["method"] == method]
-    best = own.loc[own["accuracy_within"].idxmax()]
-    edges = [name for name in ("lam", "learning_rate") if best[name] in (own[name].min(), own[name].max())]
-    return f"{method} the best of {len(own)} trials" + (f" (at an edge in {' and '.join(edges)})" if edges else "")
+def effort(trials: pd.DataFrame, run: str) -> str:
+    """How many trials a run was tuned by, and which of the best's settings are at the edge of those tried."""
+    own = trials[trials["run"] == run]
+    best, varied = (
+        own.loc[own["score"].idxmax()],
+        [name for name in ("lam", "learning_rate") if own[name].nunique() > 1],
+    )
+    edges = [name for name in varied if best[name] in (own[name].min(), own[name].max())]
+    return f"{run} the best of {len(own)} trials" + (f" (at an edge in {' and '.join(edges)})" if edges else "")
 
 
 def conditions(study: Study) -> dict[str, str]:
     """What fills the braces in the claims' conditions and evidence, beside what each judge found."""
-    seeds, given = pd.concat(study.sweeps)["seeds"], study.settings
-    at = f"arithmetic, budget {study.budget:g} nats, {study.runs['test'][SUBJECT]['seed'].nunique()} seeds"
+    given, seeds = study.settings, study.runs[study.subject]["seed"].nunique()
+    size = int(study.times.loc[study.times["run"] == study.subject, "parameters"].min())
+    scale = f"arithmetic, a student of {size:,} parameters, {seeds} seeds"
+    at = f"{scale}, budget {study.budget:g} nats"
     shares = {name: f"{100 * value:g}" for name, value in (given | {"near": 1 - given["near"]}).items()}
-    tuned = f"{at}; {effort(study.trials, SUBJECT)}, {effort(study.trials, SOFT)}"
-    own = {"soft": study.soft, "variant": study.ours, "budget": f"{study.budget:g}", "at": at, "tuned": tuned}
-    return shares | own | {"turns": study.benchmark["repeats"].iloc[0], "seeds": f"{seeds.min()} to {seeds.max()}"}
+    tuned = "; ".join((at, *(effort(study.trials, run) for run in (study.subject, study.soft))))
+    own = {
+        "soft": study.soft,
+        "subject": study.subject,
+        "variant": study.ours,
+        "scale": scale,
+        "at": at,
+        "tuned": tuned,
+    }
+    return shares | own | {"turns": study.benchmark["repeats"].iloc[0]}
 
 
 def judge(study: Study, claims: list[dict] = CLAIMS) -> pd.DataFrame:
     """The verdicts, a row each. Raises `ValueError` where a run they need is missing."""
-    needed = dict.fromkeys([SUBJECT, study.ours, study.soft, *(run for c in claims for run in c.get("baselines", []))])
-    if missing := [name for name in needed if name not in set(study.completions["run"])]:
+    needed = [study.subject, study.ours, study.soft, *(run for claim in claims for run in claim.get("baselines", []))]
+    if missing := [name for name in dict.fromkeys(needed) if name not in set(study.completions["run"])]:
         raise ValueError(f"The verdicts need the runs {missing}: run the study first (`make study`).")
     said, found = conditions(study), []
     for claim in claims:
@@ -225,25 +273,23 @@ def judge(study: Study, claims: list[dict] = CLAIMS) -> pd.DataFrame:
 
 def read_study(results: Path = RESULTS) -> Study:
     """What the verdicts are computed from: `results`, experiments.yaml and params.yaml."""
-    params, settings = read_yaml(PARAMS), read_yaml(EXPERIMENTS)
+    settings, chosen, named = read_yaml(EXPERIMENTS), read_yaml(results / "chosen.yaml"), by_name(rows())
+    entries, trials = settings["tuning"]["entries"], pd.read_csv(results / "tuning.csv")
+    completions, exact = read_completions(results), gather("exact", rows(part="default"), results / "runs")
     return Study(
-        completions=read_completions(results),
+        completions=completions[completions["decoding"] == "sampled"],
         times=gather("times", rows(), results / "runs"),
-        strengths=pd.read_csv(results / "study" / "strength.csv"),
-        trials=read_trials(results, settings["tuning"]["trials"]),
+        trials=trials.assign(method=[entries[run]["method"] for run in trials["run"]]),
+        equal=pd.read_csv(results / "study" / "equal_csr.csv"),
         benchmark=pd.read_csv(results / "benchmark" / "default.csv"),
         theory=json.loads((results / "theory" / "summary.json").read_text(encoding="utf-8"))["results"],
-        steps=problem_steps(params),
-        **read_yaml(results / "chosen.yaml")["best"],  # soft, ours
-        budget=params["budget"]["budget"],
+        steps=exact.groupby("prompt").first().filter(like="step_").notna().sum(axis=1).to_numpy(),
+        rows=named,
+        lambdas=soft_lambdas(named, chosen["runs"]),
+        **chosen["best"],  # soft, subject, ours
+        budget=read_yaml(PARAMS)["budget"]["budget"],
         settings=settings["claims"],
     )
-
-
-def problem_steps(params: dict) -> np.ndarray:
-    """How many steps each held-out problem takes: drawn again, since results files hold no problems."""
-    held_out = load_problems(params["task"])[params["evaluate"]["split"]]
-    return np.array([problem["solution"].count(" ; ") for problem in held_out])
 
 
 def write(results: Path = RESULTS) -> None:

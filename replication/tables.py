@@ -2,26 +2,28 @@
 
 Means come with 95 % bootstrap intervals over seeds and prompts. Differences are paired over both, on the seeds that two
 runs share; their 5 % is shared by all runs that one table compares with one baseline on one measure (Bonferroni).
+
+Accuracy is sampled with a control variate: the exact probability of the right completion, plus the sampled share of
+completions that end in the answer in another way. Its mean is the accuracy's, and nearly all of the noise is gone.
 """
 
-from collections.abc import Callable
+import functools
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from cmdp import statistics
 from cmdp.statistics import MANY_RESAMPLES, RESAMPLES, bootstrap, bounds, cells, interval, with_budget
 from cmdp.storage import provenance, read_yaml, write_json, write_table
+from replication import ceiling
 from replication.experiments import EXPERIMENTS, PARAMS, RESULTS, Row, gather, rows
-from replication.tune import CRITERION, SETTINGS
+from replication.tune import MEASURED
 
 # Methods whose training no trajectory budget enters: one run of theirs serves every budget of the frontier.
 BUDGET_FREE = {"sft", "grpo", "gkd", "gkd-grpo", "minillm", "kdrl", "worst-case", "trl-grpo", "trl-gkd"}
-SWEPT = ("gkd-grpo", "cmdp", "cmdp-hinge")  # methods whose lambda is tuned, and varied in the study
 ABLATED = {"saute-constant": "cmdp"}  # a method that is an ablation of another: cmdp without Phi
-MEASURES = {"accuracy": "correct", "csr": "satisfied", "accuracy_within": "correct_within", "validity": "valid"}
-MEASURES |= {"cost": "cost", "kl_per_token": "kl", "entropy": "entropy", "tokens": "tokens", "lucky": "lucky"}
+MEASURES = {"accuracy": "accurate", "csr": "satisfied", "accuracy_within": "correct_within", "validity": "right"}
+MEASURES |= {"cost": "cost", "kl_per_token": "kl", "entropy": "entropy", "tokens": "tokens"}
 COMPARED = {"accuracy": "accuracy", "csr": "CSR", "accuracy_within": "accuracy within budget", "validity": "validity"}
 SHARES_OF_BUDGET = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, np.inf)
 
@@ -35,16 +37,26 @@ def write(part: str) -> None:
 
 
 def write_default(results: Path = RESULTS) -> None:
-    """Gather the default runs: summary, metrics, training curves, cost by position, times, provenance."""
-    runs = rows(part="default")
-    names = ("completions", "times", "training", "positions")
-    completions, times, curves, positions = (gather(name, runs, results / "runs") for name in names)
-    summary = statistics.summarise(_tests(completions), **read_yaml(PARAMS)["budget"])
+    """Gather the default runs: summary, metrics, training curves, cost by position, times, provenance; and compute what
+    a budget can buy."""
+    runs, params = rows(part="default"), read_yaml(PARAMS)
+    exact, times, curves, positions = (
+        gather(name, runs, results / "runs") for name in ("exact", "times", "training", "positions")
+    )
+    means = summary(read_completions(results, "default"), by_name(runs), params["budget"]["budget"])
     phases = times.groupby("run", sort=False)[list(times.filter(like="time/"))].median().dropna(how="all")
-    tables = {"summary": summary, "curves": curves, "positions": positions, "timing": phases.reset_index()}
+    p, task = ceiling.measured(exact), params["task"]
+    tables = {
+        "summary": means[["run", "measure", "mean", "low", "high", "seeds"]],
+        "curves": curves,
+        "positions": positions,
+        "timing": phases.reset_index(),
+        "contest": ceiling.contests(p, task["slips"], task["steps"]),
+        "prices": ceiling.prices(p),
+    }
     for name, table in tables.items():
         write_table(table, results / f"{name}.csv")
-    for run, measured in summary.groupby("run"):  # a file each: `dvc metrics show` prints one line per run
+    for run, measured in means.groupby("run"):  # a file each: `dvc metrics show` prints one line per run
         write_json(measured.set_index("measure")["mean"].round(4).to_dict(), results / "metrics" / f"{run}.json")
     write_json(provenance(), results / "provenance.json")
 
@@ -52,24 +64,26 @@ def write_default(results: Path = RESULTS) -> None:
 def write_study(results: Path = RESULTS) -> None:
     """Every table of the study but the verdicts (`claims.write`)."""
     settings, chosen = read_yaml(EXPERIMENTS), read_yaml(results / "chosen.yaml")
-    budget, near = read_yaml(PARAMS)["budget"]["budget"], settings["claims"]["near"]
-    runs, completions = by_name(rows()), read_completions(results)
-    names = [name for name, row in runs.items() if row.family == "method"]
+    given, budget, runs = settings["claims"], read_yaml(PARAMS)["budget"]["budget"], by_name(rows())
+    completions = read_completions(results)
+    sampled = completions[completions["decoding"] == "sampled"]
+    names = [name for name, row in runs.items() if row.family == "method" and row.start == "student"]
     baselines = [chosen["best"]["soft"], "grpo", "gkd", "minillm"]
-    means = summary(completions, runs, budget)
     tables = {
-        "summary": means,
-        "frontier": frontier(completions, runs, budget),
-        "paired": paired(completions, baselines, names, budget),
-        "ablations": ablations(completions, runs, budget),
-        "wins": wins(completions, baselines, names),
-        "strength": strength(means, runs, chosen["runs"], near),
-        "ranges": ranges(read_trials(results, settings["tuning"]["trials"]), near),
-        "violation": violation(completions, [name for name in names if runs[name].start != "teacher"], budget),
+        "summary": summary(completions, runs, budget),
+        "frontier": frontier(sampled, runs, budget),
+        "equal_csr": equal_csr(sampled, runs, soft_lambdas(runs, chosen["runs"]), budget, given["target"]),
+        "paired": paired(sampled, baselines, names, budget),
+        "ablations": ablations(sampled, runs, budget),
+        "wins": wins(sampled, baselines, names),
+        "ranges": ranges(pd.read_csv(results / "tuning.csv"), given["near"]),
+        "violation": violation(sampled, names, budget),
         "timing": timing(gather("times", rows(), results / "runs"), runs),
     }
     for name, table in tables.items():
         write_table(table, results / "study" / f"{name}.csv")
+    budgets = {name: own_budget(row, budget) for name, row in runs.items()}
+    write_table(ceiling.accounts(sampled, budgets), results / "ceiling.csv")
 
 
 def by_name(table: dict[str, Row]) -> dict[str, Row]:
@@ -78,61 +92,132 @@ def by_name(table: dict[str, Row]) -> dict[str, Row]:
     return {row.name: named.setdefault(row.name, row) for row in table.values()}
 
 
-def read_completions(results: Path = RESULTS) -> pd.DataFrame:
-    """Every sampled completion of the default runs and of the study, with its `run`."""
-    completions = gather("completions", rows(), results / "runs")
-    return completions[completions["decoding"] != "greedy"]
+def own_budget(row: Row, default: float) -> float:
+    """The budget that a run is trained and measured with."""
+    return row.settings.get("budget", default)
 
 
-def read_trials(results: Path, tuned: dict[str, dict]) -> pd.DataFrame:
-    """The trials of tuning with the `method` that each run of `tuned` (experiments.yaml) trains."""
-    trials = pd.read_csv(results / "tuning.csv")
-    return trials.assign(method=[tuned[run]["method"] for run in trials["run"]])
+def read_completions(results: Path = RESULTS, part: str | None = None) -> pd.DataFrame:
+    """Every completion of a part's runs or of all, with `run`, `right` (exact: the probability of the right completion)
+    and `accurate`, whose mean over samples is the accuracy. `valid` has mean `right`, which takes its place."""
+    completions, exact = (gather(name, rows(part=part), results / "runs") for name in ("completions", "exact"))
+    completions = completions.merge(exact[["run", "seed", "prompt", "right"]], on=["run", "seed", "prompt"])
+    return completions.assign(accurate=completions["right"] + completions["correct"] - completions["valid"])
 
 
 def summary(completions: pd.DataFrame, runs: dict[str, Row], budget: float) -> pd.DataFrame:
-    """One row per run and measure. The CSR is at the default budget, or at the run's own where it varies the budget."""
-    teacher = _tests(completions[completions["run"] == "teacher"])
-    words = sorted(set(" ".join(completions["style"].astype(str).unique()).split()))
-    reference = phrasings(teacher, words).sum(axis=0)
+    """One row per run and measure, the CSR at the run's own budget. Without greedy rows there is no greedy accuracy."""
     found = []
     for run, group in completions.groupby("run", sort=False):
-        row = runs[run]
-        limit = row.settings["budget"] if row.family == "budget" else budget
-        group = with_budget(group.assign(lucky=group["correct"] * (1 - group["valid"])), limit)
-        test, longer = _tests(group), group[group["split"] == "longer"]
-        values = {name: interval(cells(test, column)) for name, column in MEASURES.items()}
-        for name in ("accuracy", "csr", "validity") if len(longer) else ():
-            values[f"longer_{name}"] = interval(cells(longer, MEASURES[name]))
-        styles = test.groupby(["seed", "prompt"])["style"].agg(["nunique", "size"])
-        varied = (styles["nunique"] - 1) / (styles["size"] - 1).clip(lower=1)  # 0: phrased alike, 1: all differently
-        values["diversity"] = interval(varied.unstack("prompt").to_numpy())
-        values["calibration_error"] = _resampled(test, calibration_error)
-        if len(teacher):
-            used = phrasings(test, words)
-            values["style_distance"] = _resampled(test, lambda _, w, used=used: total_variation(w @ used, reference))
+        row, limit = runs[run], own_budget(runs[run], budget)
+        decoded = with_budget(group, limit).groupby("decoding")
+        values = {name: interval(cells(decoded.get_group("sampled"), column)) for name, column in MEASURES.items()}
+        if "greedy" in decoded.groups:
+            values["greedy_accuracy"] = interval(cells(decoded.get_group("greedy"), "correct"))
         about, seeds = (run, row.family, row.tuned, row.start, limit), group["seed"].nunique()
         found += [(*about, name, *value, seeds) for name, value in values.items()]
     columns = ["run", "family", "tuned", "start", "budget", "measure", "mean", "low", "high", "seeds"]
     return pd.DataFrame(found, columns=columns)
 
 
+def points(runs: dict[str, Row]) -> dict[str, str]:
+    """The runs that the frontier shows: the student's, at its own and other budgets, and under which name: that of the
+    run which differs in nothing but the budget."""
+
+    def key(row: Row) -> tuple:
+        return row.method, row.tuned, *sorted((name, row.settings[name]) for name in row.settings if name != "budget")
+
+    shown = {name: row for name, row in runs.items() if row.start == "student" and row.family in ("method", "budget")}
+    named = {key(row): name for name, row in shown.items() if row.family == "method"}
+    return {name: named.get(key(row), name) for name, row in shown.items()}
+
+
 def frontier(completions: pd.DataFrame, runs: dict[str, Row], budget: float) -> pd.DataFrame:
     """Accuracy and CSR of each method at each budget some run was trained for. A method that knows no budget stands at
     all of them, another at those it was trained for (`trained_at`)."""
-    own = {name: row.settings["budget"] for name, row in runs.items() if row.family == "budget"}
-    found = []
-    for run, group in _tests(completions).groupby("run", sort=False):
-        row, free = runs[run], runs[run].method in BUDGET_FREE
-        if row.family not in ("method", "budget") or row.start != "student":
-            continue
-        for limit in sorted({budget, *own.values()}) if free else [own.get(run, budget)]:
+    limits, found = sorted({own_budget(row, budget) for row in runs.values()}), []
+    for run, method in points(runs).items():
+        free, own = runs[run].method in BUDGET_FREE, own_budget(runs[run], budget)
+        group = completions[completions["run"] == run]
+        for limit in (limits if free else [own]) if len(group) else ():
             table, values = with_budget(group, limit), []
-            for column in ("correct", "satisfied", "correct_within"):
+            for column in ("accurate", "satisfied", "correct_within"):
                 values += interval(cells(table, column))
-            found.append((row.tuned, limit, None if free else limit, *values, group["seed"].nunique()))
+            found.append((method, limit, None if free else limit, *values, group["seed"].nunique()))
     measures = [f"{name}{end}" for name in ("accuracy", "csr", "within") for end in ("", "_low", "_high")]
     return pd.DataFrame(found, columns=["method", "budget", "trained_at", *measures, "seeds"])
+
+
+def soft_lambdas(runs: dict[str, Row], chosen: dict[str, dict]) -> dict[str, float]:
+    """Lambda of each run on the soft Lagrangian's curve, in the order of lambda."""
+    soft = {run: runs[run].tuned for run in points(runs) if runs[run].method == "gkd-grpo"}
+    return dict(sorted(((run, chosen[tuned]["lam"]) for run, tuned in soft.items()), key=lambda item: item[1]))
+
+
+def equal_csr(
+    completions: pd.DataFrame,
+    runs: dict[str, Row],
+    lambdas: dict[str, float],
+    budget: float,
+    target: float,
+    measure: str = "accuracy",
+    level: float | None = None,
+) -> pd.DataFrame:
+    """Each constrained run against the soft Lagrangian at the run's own CSR, and against its best lambda at `target`.
+
+    The soft Lagrangian is the curve through the points of its `lambdas` (`on_curve`): `soft` is its accuracy at the
+    run's CSR. `difference` has no value where the run is looser than the curve (`place`). `low` and `high` resample
+    seeds and prompts jointly for the run and the whole curve, and interpolate anew each time; draws looser than the
+    curve are left out. `soft_at_target` is the accuracy of the best single lambda whose measured CSR is `target` or
+    more, `target_difference` the run's to it. The runs of one budget share the 5 %, unless a `level` is given.
+    """
+    by_run = dict(list(completions.groupby("run")))
+    soft, methods = {run: lam for run, lam in lambdas.items() if run in by_run}, points(runs)
+    limits = {run: own_budget(runs[run], budget) for run in methods if runs[run].method not in BUDGET_FREE}
+    limits = {run: limit for run, limit in limits.items() if run in by_run and soft}
+
+    @functools.cache
+    def drawn(run: str, limit: float, seeds: tuple[int, ...]) -> list[np.ndarray]:
+        """CSR and accuracy: the mean and then its draws, (1 + resamples,) each, alike in all runs."""
+        table = with_budget(by_run[run][by_run[run]["seed"].isin(seeds)], limit)
+        both = [cells(table, column) for column in ("satisfied", MEASURES[measure])]
+        return [np.append(values.mean(), bootstrap(values, resamples=MANY_RESAMPLES)) for values in both]
+
+    found = []
+    for run, limit in limits.items():
+        own_level = level or 1 - 0.05 / list(limits.values()).count(limit)
+        seeds = tuple(sorted(set.intersection(*(set(by_run[name]["seed"]) for name in (run, *soft)))))
+        csr, accuracy = drawn(run, limit, seeds)
+        curve = [np.array(part) for part in zip(*(drawn(name, limit, seeds) for name in soft), strict=True)]
+        on = on_curve(*curve, csr)
+        place = "looser" if np.isnan(on[0]) else "stricter" if csr[0] > curve[0][:, 0].max() else "within"
+        more = accuracy - on
+        ends = (np.nan, np.nan) if place == "looser" else bounds(more[1:][~np.isnan(more[1:])], own_level)
+        found.append((run, methods[run], limit, csr[0], *bounds(csr[1:], own_level), accuracy[0], on[0], place))
+        found[-1] += (more[0], *ends)
+        meets = np.where(curve[0][:, 0] >= target, curve[1][:, 0], -np.inf)
+        best, beyond = meets.argmax(), accuracy - curve[1][meets.argmax()]
+        single = (list(soft.values())[best], meets[best], beyond[0], *bounds(beyond[1:], own_level))
+        found[-1] += (*(single if meets[best] >= 0 else [np.nan] * 5), len(seeds))
+    columns = ["run", "method", "budget", "csr", "csr_low", "csr_high", measure, "soft", "place"]
+    columns += ["difference", "low", "high", "soft_lambda", "soft_at_target"]
+    columns += ["target_difference", "target_low", "target_high", "seeds"]
+    return pd.DataFrame(found, columns=columns)
+
+
+def on_curve(csr: np.ndarray, accuracy: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """The accuracy at CSR `at` (R,) of the curve through points `csr`, `accuracy` (L, R), in the order of lambda.
+
+    Linear between neighbours; the best where noise lets the curve pass a CSR twice. A CSR above all points gets the
+    strictest one's accuracy, one below them nan.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = (at - csr[:-1]) / np.diff(csr, axis=0)
+        between = np.where((share >= 0) & (share <= 1), accuracy[:-1] + share * np.diff(accuracy, axis=0), -np.inf)
+    value = np.concatenate([between, np.where(csr == at, accuracy, -np.inf)]).max(axis=0)
+    strictest = np.where(csr == csr.max(axis=0), accuracy, -np.inf).max(axis=0)
+    value = np.where(at > csr.max(axis=0), strictest, value)
+    return np.where(at < csr.min(axis=0), np.nan, value)
 
 
 def difference(
@@ -152,15 +237,16 @@ def paired(
     per trajectory; as many `comparisons` share the 5 %, by default one for each of `names`."""
     level = 1 - 0.05 / (comparisons or len(names))
     found = []
-    for run, baseline, *both in _pairs(with_budget(_tests(completions), budget), names, baselines):
+    for run, baseline, *both in _pairs(with_budget(completions, budget), names, baselines):
         values = {name: difference(*both, MEASURES[name], level, MANY_RESAMPLES) for name in COMPARED}
         found += [(run, baseline, name, *value) for name, value in values.items()]
     return pd.DataFrame(found, columns=["run", "baseline", "measure", "difference", "low", "high", "seeds"])
 
 
 def ablations(completions: pd.DataFrame, runs: dict[str, Row], budget: float) -> pd.DataFrame:
-    """Every ablation minus the run it changes, in the columns of `paired`."""
-    changed = ABLATED | {name: row.tuned for name, row in runs.items() if row.family == "ablation"}
+    """Every run that changes settings of the one it is tuned as, minus that one, in the columns of `paired`."""
+    changed = ABLATED | {name: row.tuned for name, row in runs.items() if {*row.settings} - {"budget"}}
+    changed = {name: of for name, of in changed.items() if name in runs and runs[name].family != "budget"}
     tables = [paired(completions, [of], [run], budget, len(changed)) for run, of in changed.items()]
     return pd.concat(tables, ignore_index=True)
 
@@ -170,8 +256,8 @@ def wins(
 ) -> pd.DataFrame:
     """Reasoning win rate, judged by program: of two derivations of one problem the valid one wins; where both or
     neither are, a tie counts half. The order of the two does not enter."""
-    tests, found = _tests(completions), []
-    tests = tests.assign(sample=tests.groupby(["run", "seed", "prompt"]).cumcount())
+    found = []
+    tests = completions.assign(sample=completions.groupby(["run", "seed", "prompt"]).cumcount())
     for run, baseline, ours, theirs in _pairs(tests, names, baselines):
         pairs = ours.merge(theirs, on=["seed", "prompt", "sample"], suffixes=("", "_baseline"))
         score = 0.5 + 0.5 * (pairs["valid"] - pairs["valid_baseline"])
@@ -180,39 +266,26 @@ def wins(
     return pd.DataFrame(found, columns=["run", "baseline", "win_rate", "low", "high", "ties", "seeds"])
 
 
-def strength(summary: pd.DataFrame, runs: dict[str, Row], chosen: dict[str, dict], near: float) -> pd.DataFrame:
-    """Each method's measures by lambda, its own or what was `chosen` for its run, and whether accuracy within budget is
-    within `near` of its best."""
-    swept = {run: row for run, row in runs.items() if row.method in SWEPT and row.family in ("method", "strength")}
-    lam = {run: row.settings.get("lam", chosen.get(row.tuned, {}).get("lam")) for run, row in swept.items()}
-    table = summary[summary["run"].isin(swept) & summary["measure"].isin(["accuracy", "csr", "accuracy_within"])]
-    table = table.assign(method=[swept[run].method for run in table["run"]], lam=table["run"].map(lam))
-    within = table[table["measure"] == "accuracy_within"].set_index(["method", "lam"])["mean"]
-    good = within.index[within >= (1 - near) * within.groupby("method").transform("max")]
-    table["near_best"] = table.set_index(["method", "lam"]).index.isin(good).astype(int)
-    columns = ["method", "lam", "measure", "mean", "low", "high", "seeds", "near_best"]
-    return table[columns].sort_values(["method", "measure", "lam"], ignore_index=True)
-
-
 def ranges(trials: pd.DataFrame, near: float) -> pd.DataFrame:
-    """For each method and parameter its trials (`read_trials`) differ in: the `best` value, the least and greatest of
-    the trials within `near` of the best by tuning's criterion and of all, and how many are near it, of how many."""
+    """For each tuned run and parameter that its trials (results/tuning.csv) differ in: the `best` value, the least and
+    greatest of trials whose score is within `near` of the best and of all, and how many are near it, of how many."""
     found = []
-    for method, own in trials.groupby("method", sort=False):
-        best = own.loc[own[CRITERION].idxmax()]
-        good = own[own[CRITERION] >= (1 - near) * best[CRITERION]]
-        for name in [name for name in SETTINGS if name in own and own[name].nunique() > 1]:
+    parameters = trials.columns.drop(["run", "trial", "seeds", "chosen", *MEASURED])
+    for run, own in trials.groupby("run", sort=False):
+        best = own.loc[own["score"].idxmax()]
+        good = own[own["score"] >= best["score"] - near * abs(best["score"])]
+        for name in [name for name in parameters if own[name].nunique() > 1]:
             ends = (table[name].agg(end) for table in (good, own) for end in ("min", "max"))
-            found.append((method, name, best[name], *ends, len(good), len(own)))
-    columns = ["method", "parameter", "best", "low", "high", "tried_low", "tried_high", "near_best", "trials"]
+            found.append((run, name, best[name], *ends, len(good), len(own)))
+    columns = ["run", "parameter", "best", "low", "high", "tried_low", "tried_high", "near_best", "trials"]
     return pd.DataFrame(found, columns=columns)
 
 
 def violation(completions: pd.DataFrame, names: list[str], budget: float) -> pd.DataFrame:
-    """Accuracy, validity, confidence and entropy of completions by the share of the budget they spent, C / d."""
-    tests, edges = _tests(completions[completions["run"].isin(names)]), np.array(SHARES_OF_BUDGET)
+    """Accuracy, validity and entropy of completions by the share of the budget they spent, C / d."""
+    tests, edges = completions[completions["run"].isin(names)], np.array(SHARES_OF_BUDGET)
     place = np.digitize(tests["cost"] / budget, edges[1:], right=True)
-    measures = {"correct": "accuracy", "valid": "validity", "confidence": "confidence", "entropy": "entropy"}
+    measures = {"correct": "accuracy", "valid": "validity", "entropy": "entropy"}
     grouped = tests.assign(low=edges[place], high=edges[place + 1]).groupby(["run", "low", "high"])[[*measures]]
     table = grouped.mean().rename(columns=measures).assign(count=grouped.size()).reset_index()
     labels = zip(table["low"], table["high"], strict=True)
@@ -230,41 +303,8 @@ def timing(times: pd.DataFrame, runs: dict[str, Row]) -> pd.DataFrame:
     return table.assign(ratio_to_gkd_grpo=table["seconds"] / table[table["run"].isin(soft)]["seconds"].median())
 
 
-def calibration_error(table: pd.DataFrame, weights: np.ndarray, bins: int = 10) -> float:
-    """Expected calibration error: the mean gap between the answer's probability and whether it is correct."""
-    place = np.minimum((table["confidence"].to_numpy() * bins).astype(int), bins - 1)
-    gap = np.bincount(place, weights * (table["confidence"] - table["correct"]).to_numpy(), bins)
-    return float(np.abs(gap).sum() / weights.sum())
-
-
-def phrasings(table: pd.DataFrame, words: list[str]) -> np.ndarray:
-    """How often each completion phrases an equation in each of the ways `words`: (completions, words)."""
-    styles = [style.split() for style in table["style"].astype(str)]
-    return np.array([[style.count(word) for word in words] for style in styles]).reshape(len(styles), len(words))
-
-
-def total_variation(p: np.ndarray, q: np.ndarray) -> float:
-    """Total variation distance of two distributions, given as counts."""
-    return 0.5 * float(np.abs(p / max(p.sum(), 1) - q / max(q.sum(), 1)).sum())
-
-
-def _tests(completions: pd.DataFrame) -> pd.DataFrame:
-    return completions[completions["split"] == "test"]
-
-
 def _pairs(table: pd.DataFrame, names: list[str], baselines: list[str]) -> list[tuple]:
     """(run, baseline, completions of the run, of the baseline) of each two that were run."""
     by_run = dict(list(table.groupby("run")))
     both = [(a, b) for a in names for b in baselines if a != b and {a, b} <= set(by_run)]
     return [(run, baseline, by_run[run], by_run[baseline]) for run, baseline in both]
-
-
-def _resampled(table: pd.DataFrame, statistic: Callable[[pd.DataFrame, np.ndarray], float]) -> tuple:
-    """(value, low, high) of a statistic of weighted completions, with seeds and prompts resampled."""
-    rng = np.random.default_rng(0)
-    seed, prompt = (pd.factorize(table[column])[0] for column in ("seed", "prompt"))
-    draws = []
-    for _ in range(statistics.FEW_RESAMPLES):
-        weights = [rng.multinomial(n := codes.max() + 1, np.full(n, 1 / n))[codes] for codes in (seed, prompt)]
-        draws.append(statistic(table, (weights[0] * weights[1]).astype(float)))
-    return statistic(table, np.ones(len(table))), *bounds(draws)

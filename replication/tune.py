@@ -2,58 +2,59 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import yaml
 
 from cmdp.storage import read_yaml, write_table, write_text
 from replication.experiments import EXPERIMENTS, RESULTS
 
-CRITERION = "accuracy_within"  # correct and within the budget: the task reward that the constraint leaves
-MEASURES = ("accuracy", "csr", "accuracy_within", "cost")
-SETTINGS = ("learning_rate", "lam", "penalty", "dual_rate", "step_budget")
+MEASURED = ["accuracy", "csr", "cost", "score"]
+ROLES = {"soft": "gkd-grpo", "subject": "cmdp", "ours": "cmdp-chance"}  # the method of each role in the verdicts
 HEADER = "# Chosen from results/tuning.csv: what each run adds to `train` in params.yaml. Generated.\n\n"
 
 
 def write_choice(results: Path = RESULTS) -> None:
-    """Choose every run's settings, and the best soft Lagrangian and constrained variant, on validation prompts."""
-    tuning, table = read_yaml(EXPERIMENTS)["tuning"], trials(results / "tuning")
-    chosen = best(table)
-    write_table(table.assign(chosen=table.index.isin(chosen.index).astype(int)), results / "tuning.csv")
-    runs = {"sft": {}} | {row["run"]: settings_of(row) for _, row in chosen.iterrows()}
-    for run, about in tuning["derived"].items():
-        own = best(table[table["run"] == about["from"]], about.get("by", CRITERION))
-        runs[run] = settings_of(own.iloc[0])
-    methods = table["run"].map({run: about["method"] for run, about in tuning["trials"].items()})
-    leading = {role: table.loc[table[methods.isin(of)][CRITERION].idxmax()] for role, of in tuning["best"].items()}
-    best_runs = {role: trial["run"] for role, trial in leading.items()}
-    content = yaml.safe_dump({"best": best_runs, "runs": runs}, sort_keys=False)
-    write_text(HEADER + content, results / "chosen.yaml")
+    """Choose every entry's best trial by its score, and for each role its best entry under the constraint."""
+    tuning = read_yaml(EXPERIMENTS)["tuning"]
+    entries, table = tuning["entries"], trials(results / "tuning", tuning)
+    best = table.groupby("run", sort=False)["score"].idxmax()  # of equal ones the first
+    write_table(table.assign(chosen=table.index.isin(best).astype(int)), results / "tuning.csv")
+    chosen = table.loc[best].set_index("run")
+    runs: dict[str, dict] = {"sft": {}}
+    for name, entry in entries.items():
+        ladders = tuning["start"] | entry.get("start", {})
+        runs[name] = entry["fixed"] | {key: float(chosen.loc[name, key]) for key in ladders}
+    runs |= {name: dict(runs[of]) for name, of in tuning["derived"].items()}
+    kept = under_constraint(chosen, tuning["csr"])
+    methods = np.array([entries[run]["method"] for run in kept.index])
+    leading = {role: kept[methods == method].idxmax() for role, method in ROLES.items()}
+    write_text(HEADER + yaml.safe_dump({"best": leading, "runs": runs}, sort_keys=False), results / "chosen.yaml")
 
 
-def trials(folder: Path) -> pd.DataFrame:
-    """All trials, a row each: `run`, `index`, `seeds`, the settings tried, and the measures' means over the seeds.
+def trials(folder: Path, tuning: dict) -> pd.DataFrame:
+    """All trials of `tuning` (experiments.yaml), a row each: `run`, `trial`, `seeds`, the settings tried, and the means
+    over seeds of `MEASURED`.
 
     Raises:
-        FileNotFoundError: there are no trials.
-        ValueError: trials were run with different seeds.
+        FileNotFoundError: an entry has no trials.
+        ValueError: an entry has not as many trials as were asked for, with the seeds asked for.
     """
-    paths = sorted(folder.glob("*.csv"))
-    if not paths:
-        raise FileNotFoundError(f"There are no trials in {folder}: run `make tune` first.")
-    rows = pd.concat([pd.read_csv(path).assign(run=path.stem) for path in paths], ignore_index=True)
-    grouped = rows.groupby(["run", "index"])
-    if grouped["seed"].agg(frozenset).nunique() > 1:
-        raise ValueError(f"The trials in {folder} were not all run with the same seeds: finish `make tune`.")
-    means = grouped[[name for name in (*SETTINGS, *MEASURES) if name in rows]].mean()
-    means.insert(0, "seeds", grouped["seed"].nunique())
-    return means.reset_index()
+    tables = []
+    for name in tuning["entries"]:
+        path = folder / f"{name}.csv"
+        if not path.is_file():
+            raise FileNotFoundError(f"There are no trials in {path}: run `make tune` first.")
+        grouped = (rows := pd.read_csv(path)).groupby("trial")
+        if len(grouped) != tuning["trials"] or any(list(own) != tuning["seeds"] for _, own in grouped["seed"]):
+            asked = f"{tuning['trials']} trials with seeds {tuning['seeds']}"
+            raise ValueError(f"{path} has not the {asked} that {EXPERIMENTS} asks for: finish `make tune`.")
+        means = grouped[[*rows.columns.drop(["trial", "seed", *MEASURED])]].first().join(grouped[MEASURED].mean())
+        tables.append(means.reset_index().assign(run=name, seeds=len(tuning["seeds"])))
+    table = pd.concat(tables, ignore_index=True)
+    return table[[*(first := ["run", "trial", "seeds"]), *table.columns.drop([*first, *MEASURED]), *MEASURED]]
 
 
-def best(table: pd.DataFrame, criterion: str = CRITERION) -> pd.DataFrame:
-    """Each run's best trial by `criterion`; of equal ones the first in the grid."""
-    return table.loc[table.groupby("run", sort=False)[criterion].idxmax()]
-
-
-def settings_of(trial: pd.Series) -> dict[str, float]:
-    """What a trial set, without what it left alone."""
-    return {name: float(trial[name]) for name in SETTINGS if name in trial and pd.notna(trial[name])}
+def under_constraint(trials: pd.DataFrame, target: float) -> pd.Series:
+    """The accuracy of trials whose CSR is `target` or more; below any such, the CSR less one."""
+    return trials["accuracy"].where(trials["csr"] >= target, trials["csr"] - 1)
