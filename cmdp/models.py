@@ -6,6 +6,7 @@ What the Hub is asked for follows HF_HUB_OFFLINE.
 """
 
 import copy
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import tokenizers
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from cmdp.storage import whole
 
@@ -145,13 +147,79 @@ def load_tokenizer(source: str | Path | ModelSpec) -> PreTrainedTokenizerBase:
 def shared_tokenizer(student: str | Path | ModelSpec, teacher: str | Path | ModelSpec) -> PreTrainedTokenizerBase:
     """The student's tokenizer. Raises `ValueError` unless the teacher's has the same ids; no weights are read."""
     both = [load_tokenizer(student), load_tokenizer(teacher)]
+    check_vocabulary(*both, f"The student {_spec(student).model} and the teacher {_spec(teacher).model}")
+    return both[0]
+
+
+def check_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, models: str) -> None:
+    """Raise `ValueError`, which names the `models`, unless two tokenizers have the same ids."""
     # without the fillers that llama.cpp writes into a GGUF up to the rows of the model's head
-    one, other = ({(x, i) for x, i in tokenizer.get_vocab().items() if x != f"[PAD{i}]"} for tokenizer in both)
+    one, other = ({(x, i) for x, i in kind.get_vocab().items() if x != f"[PAD{i}]"} for kind in (student, teacher))
     if one != other:
-        models = f"The student {_spec(student).model} and the teacher {_spec(teacher).model}"
         hint = "no divergence between them is defined. Choose a teacher from the student's family."
         raise ValueError(f"{models} have different vocabularies: {hint}")
-    return both[0]
+
+
+def find_tokenizer(model: PreTrainedModel | str, **options) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a model, named or loaded, or None; that of a loaded one is not downloaded. `options` are of
+    `from_pretrained`."""
+    name, here = (model, offline()) if isinstance(model, str) else (model.config._name_or_path, True)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=here, **options)
+    except (OSError, ValueError):
+        return None
+    # beside a model alone transformers finds an empty one, of special tokens
+    return tokenizer if len(tokenizer) > len(tokenizer.added_tokens_encoder) else None
+
+
+def tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """The ids of texts, each after what the tokenizer starts a text with (BOS), once, whether or not the text brings it
+    along; without what it ends one with. Raises `ValueError` for a text without ids."""
+    plain = functools.partial(tokenizer, add_special_tokens=False)
+    whole, ids = tokenizer("a").input_ids, plain(texts).input_ids
+    start = whole[: whole.index(plain("a").input_ids[0])]
+    ids = [one if one[: len(start)] == start else start + one for one in ids]
+    if not all(ids):
+        raise ValueError("A prompt is empty: leave it out, or give it a token.")
+    return ids
+
+
+def load_teacher(teacher: PreTrainedModel | str, student, config) -> tuple[PreTrainedModel, bool]:
+    """The teacher of a trainer, loaded as TRL does if it is named, and whether its vocabulary could be compared.
+
+    Args:
+        teacher: a model, or the Hub id or folder of one or of a PEFT adapter.
+        student: the student, or its tokenizer or processor.
+        config: a `CMDPConfig`.
+
+    Raises:
+        FileNotFoundError: there is no such teacher.
+        ValueError: the teacher's tokenizer has other ids than the student's; no weights have been read.
+    """
+    from peft import PeftConfig
+    from trl.trainer.utils import create_model_from_path
+
+    named, trust = isinstance(teacher, str), {"trust_remote_code": config.trust_remote_code}
+    options = {"revision": config.teacher_model_revision, **trust, **(config.teacher_model_init_kwargs or {})}
+    if isinstance(student, str | PreTrainedModel):
+        student = find_tokenizer(student, revision=(config.model_init_kwargs or {}).get("revision"), **trust)
+    base = teacher
+    if named and find_adapter_config_file(teacher, revision=options["revision"], local_files_only=offline()):
+        base = PeftConfig.from_pretrained(teacher, revision=options["revision"]).base_model_name_or_path
+    other = find_tokenizer(base, **{name: options[name] for name in ("revision", "trust_remote_code")})
+    if student and other:
+        check_vocabulary(getattr(student, "tokenizer", student), other, "Student and teacher")
+    if named:
+        if config.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+            options["device_map"] = None  # as TRL
+        options = {"dtype": "auto", "use_safetensors": True, **options}
+        try:
+            teacher = create_model_from_path(teacher, architecture=AutoModelForCausalLM, **options)
+        except OSError as error:
+            raise FileNotFoundError(f"There is no teacher {teacher}: {str(error).partition(chr(10))[0]}") from error
+    elif config.teacher_model_init_kwargs:
+        raise ValueError("teacher_model_init_kwargs load a teacher named by a string, but teacher_model is a model.")
+    return teacher, bool(student and other)
 
 
 def load_pair(student: str | Path | ModelSpec, teacher: str | Path | ModelSpec, use_cpu: bool = False) -> tuple:
