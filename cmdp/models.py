@@ -160,15 +160,21 @@ def check_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
         raise ValueError(f"{models} have different vocabularies: {hint}")
 
 
-def find_tokenizer(model: PreTrainedModel | str, **options) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside a model, named or loaded, or None; that of a loaded one is not downloaded. `options` are of
-    `from_pretrained`."""
-    name, here = (model, offline()) if isinstance(model, str) else (model.config._name_or_path, True)
+def find_tokenizer(model: PreTrainedModel | str, revision: str | None = None, trust_remote_code: bool = False):
+    """The tokenizer beside a model, named or loaded, or beside the base model of a PEFT adapter; None where there is
+    none. That of a loaded model is not downloaded."""
+    from peft import PeftConfig
+
+    named = isinstance(model, str)
+    name, options = model if named else model.config._name_or_path, {"local_files_only": offline() or not named}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=here, **options)
+        if named and find_adapter_config_file(name, revision=revision, **options):
+            name, revision = PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path, None
+        options |= {"revision": revision, "trust_remote_code": trust_remote_code}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError):
         return None
-    # beside a model alone transformers finds an empty one, of special tokens
+    # beside weights alone transformers finds an empty one, of special tokens
     return tokenizer if len(tokenizer) > len(tokenizer.added_tokens_encoder) else None
 
 
@@ -196,17 +202,14 @@ def load_teacher(teacher: PreTrainedModel | str, student, config) -> tuple[PreTr
         FileNotFoundError: there is no such teacher.
         ValueError: the teacher's tokenizer has other ids than the student's; no weights have been read.
     """
-    from peft import PeftConfig
     from trl.trainer.utils import create_model_from_path
 
-    named, trust = isinstance(teacher, str), {"trust_remote_code": config.trust_remote_code}
-    options = {"revision": config.teacher_model_revision, **trust, **(config.teacher_model_init_kwargs or {})}
+    named, trust = isinstance(teacher, str), config.trust_remote_code
+    options = {"revision": config.teacher_model_revision, "trust_remote_code": trust}
+    options |= config.teacher_model_init_kwargs or {}
     if isinstance(student, str | PreTrainedModel):
-        student = find_tokenizer(student, revision=(config.model_init_kwargs or {}).get("revision"), **trust)
-    base = teacher
-    if named and find_adapter_config_file(teacher, revision=options["revision"], local_files_only=offline()):
-        base = PeftConfig.from_pretrained(teacher, revision=options["revision"]).base_model_name_or_path
-    other = find_tokenizer(base, **{name: options[name] for name in ("revision", "trust_remote_code")})
+        student = find_tokenizer(student, (config.model_init_kwargs or {}).get("revision"), trust)
+    other = find_tokenizer(teacher, options["revision"], trust)
     if student and other:
         check_vocabulary(getattr(student, "tokenizer", student), other, "Student and teacher")
     if named:
@@ -249,6 +252,24 @@ def load_pair(student: str | Path | ModelSpec, teacher: str | Path | ModelSpec, 
 
         model = get_peft_model(model, lora_config(student))
     return model, other.requires_grad_(False).eval(), tokenizer
+
+
+def check_heads(student, teacher, ids: int, compared: bool, sampled: bool) -> None:
+    """Raise `ValueError` for an LM head from which no divergence over the tokenizer's `ids` is read: one with too few
+    rows, or with an adapter that TRL's fused head (the student's; the teacher's where the divergence is `sampled`)
+    ignores. Unless the teacher's vocabulary was `compared`, its rows beyond the ids must be padding: as many rows as
+    the student's, or no more than 128 or 1/64 of the ids beyond them."""
+    rows = []
+    for role, model, fused in (("student", student, True), ("teacher", teacher, sampled)):
+        head = model.get_output_embeddings()
+        rows.append(getattr(head.weight, "ds_shape", head.weight.shape)[0])  # ZeRO-3 leaves an empty weight
+        padded = rows[-1] == rows[0] or rows[-1] - ids <= max(128, ids // 64)
+        if rows[-1] < ids or not (padded or compared):
+            raise ValueError(
+                f"The {role}'s head has {rows[-1]} rows but the tokenizer {ids} ids: use one model family."
+            )
+        if fused and hasattr(head, "base_layer"):  # of which the fused head reads the weight
+            raise ValueError(f"The adapter on the {role}'s LM head would be ignored: merge it (merge_and_unload).")
 
 
 def lora_config(spec: ModelSpec):

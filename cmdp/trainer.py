@@ -26,7 +26,7 @@ from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 from cmdp import divergence as divergences
 from cmdp import reward as rewards
 from cmdp.divergence import EXACT, SAMPLED, Head, lm_head
-from cmdp.models import load_teacher, tokenise
+from cmdp.models import check_heads, load_teacher, tokenise
 from cmdp.reward import CREDITS, FORMS, cumulative_cost, trajectory_budget
 
 CHOICES = {
@@ -70,9 +70,7 @@ class CMDPConfig(GRPOConfig):
     divergence: str = _option("reverse_kl", f"One of {EXACT} or, sampled, {SAMPLED}.")
     jsd_beta: float = _option(0.5, "beta of the generalised JSD.")
     scale_rewards: str = _option("none", "none, or group: divide the advantages (not the single-step part) like GRPO.")
-    teacher_model_init_kwargs: dict[str, Any] | str | None = _option(
-        None, "Keyword arguments for `from_pretrained`, where the teacher is named by a string."
-    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = _option(None, "How a teacher named by a string is loaded.")
     teacher_model_revision: str | None = _option(None, "Branch, tag or commit of a teacher named by its Hub id.")
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
@@ -94,12 +92,11 @@ class CMDPConfig(GRPOConfig):
             ("distil_steps", lambda x: x >= 0 and x % 1 == 0, "a whole number, 0 or more"),
             ("csr_target", lambda x: x is None or 0 <= x <= 1, "between 0 and 1"),
             ("jsd_beta", lambda x: 0 < x < 1, "above 0 and below 1"),
+            ("reward_weights", lambda x: all(map(math.isfinite, x or [])), "finite"),
         ):
             for name in names.split():
                 if not holds(getattr(self, name)):
                     raise ValueError(f"{name} must be {allowed}, not {getattr(self, name)!r}.")
-        if not all(map(math.isfinite, self.reward_weights or [])):
-            raise ValueError(f"reward_weights must be finite, not {self.reward_weights}.")
         if self.budget_from is not None and math.inf in (self.budget, self.budget_from):
             raise ValueError("budget_from moves to the budget: give both finite, or neither.")
         if self.penalty > 0 and self.reward_form == "lagrangian":
@@ -128,16 +125,12 @@ class DualAscent(TrainerCallback, ExportableState):
 
 class CMDPTrainer(GRPOTrainer):
     """TRL's `GRPOTrainer`, which distils `teacher_model` into `model` under the budget of `args`. The task reward is in
-    [0, 1].
-
-    `teacher_model` is a model, or names one or a PEFT adapter by Hub id or folder; it is then loaded with
-    `args.teacher_model_init_kwargs`, in the dtype of its files by default. Its vocabulary must be the student's. That
-    is told by its tokenizer, where one is found beside it, and otherwise by the rows of its head: one for each id, and
-    beyond them either as many as the student's head has, or no more than 128 or 1/64 of the ids (padding).
+    [0, 1]. `teacher_model` is a model, or the Hub id or folder of one or of a PEFT adapter; it is then loaded with
+    `args.teacher_model_init_kwargs`, in the dtype of its files by default.
 
     Raises:
         FileNotFoundError: there is no such teacher.
-        ValueError: a teacher of another vocabulary; a head with too few rows for the tokenizer, or an adapter that is
+        ValueError: a teacher of another vocabulary (`models.load_teacher`, `models.check_heads`); an adapter that is
             not read; fewer prompts than a batch takes; ZeRO-3 with an exact divergence; or, before the update, a cost,
             reward, loss or gradient is not finite.
     """
@@ -166,7 +159,7 @@ class CMDPTrainer(GRPOTrainer):
         student = self.accelerator.unwrap_model(self.model)
         self._student, teacher = (x.get_base_model() if hasattr(x, "get_base_model") else x for x in (student, teacher))
         self._vocab_size, self._sampled = len(self._tokenizer), args.divergence in SAMPLED
-        self._check_heads(teacher, compared)
+        check_heads(self._student, teacher, self._vocab_size, compared, self._sampled)
         if self._dist.is_zero3 and not self._sampled:  # the kernel cannot gather a head that is cut to the vocabulary
             raise ValueError("An exact divergence does not go with ZeRO-3: use ZeRO-2, FSDP or divergence='k2'.")
         if args.budget == math.inf and args.reward_form != "lagrangian" and args.step_budget is None:
@@ -193,23 +186,8 @@ class CMDPTrainer(GRPOTrainer):
                 head = lm_head(self.accelerator.unwrap_model(self.teacher), self._vocab_size)
                 copied = self._dist.fsdp_version == 1  # otherwise whole already, or made so by `lm_head`
                 self._teacher_head = Head(*(x.clone() if copied and isinstance(x, Tensor) else x for x in head))
-        self._task_reward = None  # (N,) of the last rollouts of all processes, NaN where no function gave one
         self._scored = None  # what the scoring pass found, where TRL ran it for its old log-probabilities
         self._rollout_time = 0.0
-
-    def _check_heads(self, teacher: PreTrainedModel, compared: bool) -> None:
-        """Raise `ValueError` for a head that the divergence cannot be read from. `compared` says that the vocabularies
-        are known to be one."""
-        ids, rows = self._vocab_size, []
-        for role, model, fused in (("student", self._student, True), ("teacher", teacher, self._sampled)):
-            head = model.get_output_embeddings()
-            rows.append(getattr(head.weight, "ds_shape", head.weight.shape)[0])  # ZeRO-3 leaves an empty weight
-            padded = rows[-1] == rows[0] or rows[-1] - ids <= max(128, ids // 64)
-            if rows[-1] < ids or not (padded or compared):
-                found = f"{rows[-1]} rows but the tokenizer {ids} ids"
-                raise ValueError(f"The {role}'s head has {found}: use one model family.")
-            if fused and hasattr(head, "base_layer"):  # TRL's fused head reads the base layer's weight
-                raise ValueError(f"The adapter on the {role}'s LM head would be ignored: merge it (merge_and_unload).")
 
     def _student_pass(self, model, teacher: Tensor, where: Tensor, **call) -> tuple[FusedCausalLMOutput, Tensor]:
         """TRL's fused forward `model(**call)`, None without labels, and the divergence from the teacher, of which
@@ -221,13 +199,10 @@ class CMDPTrainer(GRPOTrainer):
         return output, divergences.sampled_divergence(output.log_probs[:, -keep:], teacher, self.args.divergence)
 
     def _exact_divergence(self, teacher, where, labels=None, fused_lm_head=False, **inputs):
-        """What `_student_pass` gives, computed inside the student's forward and so inside DDP's and FSDP's wrappers, where
-        the parameters must be used."""
+        """What `_student_pass` gives, computed inside the student's forward, where DDP and FSDP lend its parameters."""
         keep, model, output, hidden = where.shape[1], self._student, None, []
-        teacher, settings = (
-            (teacher, self._teacher_head),
-            (where, self.args.divergence, self.args.jsd_beta, self.temperature),
-        )
+        teacher, args = (teacher, self._teacher_head), self.args
+        settings = where, args.divergence, args.jsd_beta, self.temperature
         together = fused_lm_head and divergences.own_tiles(teacher[0]) and "output_router_logits" not in inputs
         hook = model.base_model.register_forward_hook(lambda *passed: hidden.append(passed[-1].last_hidden_state))
         with self.accelerator.autocast(), hook:
@@ -290,7 +265,7 @@ class CMDPTrainer(GRPOTrainer):
         missing = rewards_per_func.isnan()
         self._check_finite("A task reward", rewards_per_func.masked_fill(missing, 0.0))
         total = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
-        self._task_reward = total.masked_fill(missing.all(dim=1), torch.nan)
+        self._task_reward = total.masked_fill(missing.all(dim=1), torch.nan)  # (N,)
         return rewards_per_func
 
     def _generate_and_score_completions(self, inputs):
@@ -427,15 +402,15 @@ class CMDPTrainer(GRPOTrainer):
         return grad_norm
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """TRL's, and what was measured on training prompts at the last step logged."""
+        """TRL's, and what was measured at the last step that was logged."""
         super().create_model_card(*args, **kwargs)
-        log = next((row for row in reversed(self.state.log_history) if "csr" in row), None)
-        if log and self.is_world_process_zero():
-            shown = {name: log[name] for name in ("step", "csr", "task_reward", "cost/mean")}
-            shown |= {name: getattr(self.args, name) for name in ("budget", "budget_form")}
+        logs = [row for row in self.state.log_history if "csr" in row]
+        if logs and self.is_world_process_zero():
+            shown = {**vars(self.args), **logs[-1]}
+            names = ("budget", "budget_form", "step", "csr", "task_reward", "cost/mean")
             with open(Path(self.args.output_dir, "README.md"), "a", encoding="utf-8") as card:
                 card.write("\n\n## Measured on training prompts\n\n| measure | value |\n|---|---|\n")
-                card.writelines(f"| {name} | {value} |\n" for name, value in shown.items())
+                card.writelines(f"| {name} | {shown[name]} |\n" for name in names)
 
     def _log(self, name: str, value: float) -> None:
         self._metrics["train" if self.model.training else "eval"][name].append(value)
