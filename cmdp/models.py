@@ -6,7 +6,6 @@ What the Hub is asked for follows HF_HUB_OFFLINE.
 """
 
 import copy
-import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,48 +180,40 @@ def find_tokenizer(model: PreTrainedModel | str, revision: str | None = None, tr
 def tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """The ids of texts, each after what the tokenizer starts a text with (BOS), once, whether or not the text brings it
     along; without what it ends one with. Raises `ValueError` for a text without ids."""
-    plain = functools.partial(tokenizer, add_special_tokens=False)
-    whole, ids = tokenizer("a").input_ids, plain(texts).input_ids
-    start = whole[: whole.index(plain("a").input_ids[0])]
-    ids = [one if one[: len(start)] == start else start + one for one in ids]
+    whole, (one, *ids) = tokenizer("a").input_ids, tokenizer(["a", *texts], add_special_tokens=False).input_ids
+    start = whole[: len(whole) - whole[::-1].index(one[-1]) - len(one)]  # before the text's own, which are `one`
+    ids = [row if row[: len(start)] == start else start + row for row in ids]
     if not all(ids):
         raise ValueError("A prompt is empty: leave it out, or give it a token.")
     return ids
 
 
 def load_teacher(teacher: PreTrainedModel | str, student, config) -> tuple[PreTrainedModel, bool]:
-    """The teacher of a trainer, loaded as TRL does if it is named, and whether its vocabulary could be compared.
-
-    Args:
-        teacher: a model, or the Hub id or folder of one or of a PEFT adapter.
-        student: the student, or its tokenizer or processor.
-        config: a `CMDPConfig`.
-
-    Raises:
-        FileNotFoundError: there is no such teacher.
-        ValueError: the teacher's tokenizer has other ids than the student's; no weights have been read.
-    """
+    """The teacher of a trainer with the `CMDPConfig`, loaded as TRL loads models if it is a name (Hub id or folder of a
+    model or PEFT adapter), and whether its tokenizer was found and compared with that of `student` (a model, name,
+    tokenizer or processor). Raises, before weights are read, `FileNotFoundError` if there is no such teacher and
+    `ValueError` if it has other ids."""
     from trl.trainer.utils import create_model_from_path
 
     named, trust = isinstance(teacher, str), config.trust_remote_code
-    options = {"revision": config.teacher_model_revision, "trust_remote_code": trust}
-    options |= config.teacher_model_init_kwargs or {}
+    options = {"revision": config.teacher_model_revision, "trust_remote_code": trust, "use_safetensors": True}
+    options |= {"dtype": "auto"} | (config.teacher_model_init_kwargs or {})
+    if config.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        options["device_map"] = None
     if isinstance(student, str | PreTrainedModel):
         student = find_tokenizer(student, (config.model_init_kwargs or {}).get("revision"), trust)
     other = find_tokenizer(teacher, options["revision"], trust)
-    if student and other:
+    if compared := bool(student and other):
         check_vocabulary(getattr(student, "tokenizer", student), other, "Student and teacher")
-    if named:
-        if config.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-            options["device_map"] = None  # as TRL
-        options = {"dtype": "auto", "use_safetensors": True, **options}
-        try:
-            teacher = create_model_from_path(teacher, architecture=AutoModelForCausalLM, **options)
-        except OSError as error:
-            raise FileNotFoundError(f"There is no teacher {teacher}: {str(error).partition(chr(10))[0]}") from error
-    elif config.teacher_model_init_kwargs:
+    if not named and config.teacher_model_init_kwargs:
         raise ValueError("teacher_model_init_kwargs load a teacher named by a string, but teacher_model is a model.")
-    return teacher, bool(student and other)
+    if getattr(getattr(teacher, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError("The teacher has a learned prompt, which is not read: give one without, or with LoRA.")
+    try:
+        model = create_model_from_path(teacher, AutoModelForCausalLM, **options) if named else without_peft(teacher)
+    except OSError as error:
+        raise FileNotFoundError(f"There is no teacher {teacher}: {str(error).splitlines()[0]}") from error
+    return model, compared
 
 
 def load_pair(student: str | Path | ModelSpec, teacher: str | Path | ModelSpec, use_cpu: bool = False) -> tuple:
@@ -252,6 +243,11 @@ def load_pair(student: str | Path | ModelSpec, teacher: str | Path | ModelSpec, 
 
         model = get_peft_model(model, lora_config(student))
     return model, other.requires_grad_(False).eval(), tokenizer
+
+
+def without_peft(model: torch.nn.Module) -> PreTrainedModel:
+    """The transformers model that a `PeftModel` wraps, with its adapters; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def check_heads(student, teacher, ids: int, compared: bool, sampled: bool) -> None:

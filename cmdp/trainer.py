@@ -11,22 +11,19 @@ import math
 import time
 import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from trl import GRPOConfig, GRPOTrainer
-from trl.models import prepare_deepspeed, prepare_fsdp
-from trl.models.utils import _ForwardRedirection
+from trl.models.utils import _ForwardRedirection, prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from cmdp import divergence as divergences
 from cmdp import reward as rewards
 from cmdp.divergence import EXACT, SAMPLED, Head, lm_head
-from cmdp.models import check_heads, load_teacher, tokenise
+from cmdp.models import check_heads, load_teacher, tokenise, without_peft
 from cmdp.reward import CREDITS, FORMS, cumulative_cost, trajectory_budget
 
 CHOICES = {
@@ -70,7 +67,9 @@ class CMDPConfig(GRPOConfig):
     divergence: str = _option("reverse_kl", f"One of {EXACT} or, sampled, {SAMPLED}.")
     jsd_beta: float = _option(0.5, "beta of the generalised JSD.")
     scale_rewards: str = _option("none", "none, or group: divide the advantages (not the single-step part) like GRPO.")
-    teacher_model_init_kwargs: dict[str, Any] | str | None = _option(None, "How a teacher named by a string is loaded.")
+    teacher_model_init_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "How to load a named teacher."}
+    )
     teacher_model_revision: str | None = _option(None, "Branch, tag or commit of a teacher named by its Hub id.")
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
@@ -130,9 +129,8 @@ class CMDPTrainer(GRPOTrainer):
 
     Raises:
         FileNotFoundError: there is no such teacher.
-        ValueError: a teacher of another vocabulary (`models.load_teacher`, `models.check_heads`); an adapter that is
-            not read; fewer prompts than a batch takes; ZeRO-3 with an exact divergence; or, before the update, a cost,
-            reward, loss or gradient is not finite.
+        ValueError: a teacher of another vocabulary, or an adapter that is not read (`cmdp.models`); fewer prompts than
+            a batch takes; ZeRO-3 with an exact divergence; a cost, reward, loss or gradient not finite, before its use.
     """
 
     _tag_names = ["trl", "grpo", "cmdp"]
@@ -143,21 +141,17 @@ class CMDPTrainer(GRPOTrainer):
         "citation": """@article{zimmer2025rethinking,
     title   = {Rethinking Large Language Model Distillation: A Constrained Markov Decision Process Perspective},
     author  = {Matthieu Zimmer and Xiaotong Ji and Tu Nguyen and Haitham Bou Ammar},
-    year    = 2025,
-    journal = {arXiv:2509.22921},
+    journal = {arXiv:2509.22921}, year = 2025,
 }""",
     }
 
     def __init__(self, model, teacher_model: PreTrainedModel | str, reward_funcs, args: CMDPConfig, **kwargs):
-        teacher, compared = load_teacher(teacher_model, kwargs.get("processing_class") or model, args)
         least, prompts = args.generation_batch_size // args.num_generations, kwargs.get("train_dataset")
         if hasattr(prompts, "__len__") and len(prompts) < least:
             raise ValueError(f"The train_dataset has {len(prompts)} prompts and one batch takes {least}: give more.")
+        teacher, compared = load_teacher(teacher_model, kwargs.get("processing_class") or model, args)
         super().__init__(model, reward_funcs, args, **kwargs)
-        if getattr(getattr(teacher, "active_peft_config", None), "is_prompt_learning", False):
-            raise ValueError("The teacher has a learned prompt, which is not read: give one without, or with LoRA.")
-        student = self.accelerator.unwrap_model(self.model)
-        self._student, teacher = (x.get_base_model() if hasattr(x, "get_base_model") else x for x in (student, teacher))
+        self._student = without_peft(self.accelerator.unwrap_model(self.model))
         self._vocab_size, self._sampled = len(self._tokenizer), args.divergence in SAMPLED
         check_heads(self._student, teacher, self._vocab_size, compared, self._sampled)
         if self._dist.is_zero3 and not self._sampled:  # the kernel cannot gather a head that is cut to the vocabulary
@@ -201,9 +195,8 @@ class CMDPTrainer(GRPOTrainer):
     def _exact_divergence(self, teacher, where, labels=None, fused_lm_head=False, **inputs):
         """What `_student_pass` gives, computed inside the student's forward, where DDP and FSDP lend its parameters."""
         keep, model, output, hidden = where.shape[1], self._student, None, []
-        teacher, args = (teacher, self._teacher_head), self.args
-        settings = where, args.divergence, args.jsd_beta, self.temperature
-        together = fused_lm_head and divergences.own_tiles(teacher[0]) and "output_router_logits" not in inputs
+        other = teacher, self._teacher_head, where, self.args.divergence, self.args.jsd_beta, self.temperature
+        together = fused_lm_head and divergences.own_tiles(teacher) and "output_router_logits" not in inputs
         hook = model.base_model.register_forward_hook(lambda *passed: hidden.append(passed[-1].last_hidden_state))
         with self.accelerator.autocast(), hook:
             if fused_lm_head and not together:
@@ -212,20 +205,18 @@ class CMDPTrainer(GRPOTrainer):
                 model.base_model(**inputs)
             hidden = hidden[0][:, -keep - 1 : -1]
             if not together:
-                head = lm_head(model, self._vocab_size)
-                return output, divergences.divergence_from_hidden(hidden, head, *teacher, *settings)
+                return output, divergences.divergence_from_hidden(hidden, lm_head(model, self._vocab_size), *other)
             tokens, mask = labels[:, -keep:].clamp(min=0), labels[:, -keep:] != -100
-            scores = divergences.score_on_cpu(hidden, lm_head(model), tokens, mask, *teacher, *settings)
+            scores = divergences.score_on_cpu(hidden, lm_head(model), tokens, mask, *other)
         return FusedCausalLMOutput(log_probs=scores[1], entropy=scores[2]), scores[0]
 
     @torch.no_grad()
-    def _teacher_pass(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
+    def _teacher_pass(self, keep: int, **inputs) -> Tensor:
         """The teacher's hidden states at the last `keep` tokens, (B, T, H), or its log-probabilities, (B, T), where the
         divergence is sampled."""
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         with self.accelerator.autocast():
             if self._sampled:
-                labels = input_ids.masked_fill(attention_mask == 0, -100)
+                labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
                 return self.teacher(**inputs, labels=labels, fused_lm_head=True).log_probs[:, -keep:]
             model = self.accelerator.unwrap_model(self.teacher)
             output = self._inside(self.teacher, model, model.base_model, **inputs, use_cache=False)
@@ -239,7 +230,7 @@ class CMDPTrainer(GRPOTrainer):
         keep, parts = args[2], []
 
         def student(labels, fused_lm_head, **call):
-            teacher, where = self._teacher_pass(**call, keep=keep), call["attention_mask"][:, -keep:]
+            teacher, where = self._teacher_pass(keep, **call), call["attention_mask"][:, -keep:]
             head = {"labels": labels, "fused_lm_head": True} if log_probs or self._sampled else {}
             output, divergence = self._student_pass(model, teacher, where, **call, **head)
             parts.append((divergence, teacher))
@@ -263,7 +254,7 @@ class CMDPTrainer(GRPOTrainer):
     def _calculate_rewards(self, *args, **kwargs):
         rewards_per_func = super()._calculate_rewards(*args, **kwargs)  # (N, functions), of all processes
         missing = rewards_per_func.isnan()
-        self._check_finite("A task reward", rewards_per_func.masked_fill(missing, 0.0))
+        self._check_finite("A task reward", rewards_per_func[~missing])  # also of those that cancel, or weigh nothing
         total = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
         self._task_reward = total.masked_fill(missing.all(dim=1), torch.nan)  # (N,)
         return rewards_per_func
@@ -408,7 +399,7 @@ class CMDPTrainer(GRPOTrainer):
         if logs and self.is_world_process_zero():
             shown = {**vars(self.args), **logs[-1]}
             names = ("budget", "budget_form", "step", "csr", "task_reward", "cost/mean")
-            with open(Path(self.args.output_dir, "README.md"), "a", encoding="utf-8") as card:
+            with open(f"{self.args.output_dir}/README.md", "a", encoding="utf-8") as card:
                 card.write("\n\n## Measured on training prompts\n\n| measure | value |\n|---|---|\n")
                 card.writelines(f"| {name} | {shown[name]} |\n" for name in names)
 
@@ -421,9 +412,7 @@ class CMDPTrainer(GRPOTrainer):
 
     def _check_finite(self, name: str, values) -> None:
         if not torch.as_tensor(values).isfinite().all():
-            raise ValueError(
-                f"{name} is not finite at step {self.state.global_step}: it is not used and training stops."
-            )
+            raise ValueError(f"{name} is not finite at step {self.state.global_step}: training stops before its use.")
 
     def _log_loss(self, name: str, quantity: str, loss: Tensor) -> None:
         scale = self.current_gradient_accumulation_steps if self.model.training else 1.0
@@ -436,17 +425,16 @@ class CMDPTrainer(GRPOTrainer):
         columns = [task_reward, total, budget, mask.sum(1), (modified.over * mask).sum(1), modified.total, cost.sum(1)]
         gathered = self.accelerator.gather(torch.stack([column.float() for column in columns], dim=1))
         reward, total, budget, length, over, modified_total, undiscounted = gathered.unbind(dim=1)
-        remaining = budget - total
         tokens = length.sum().clamp(min=1)
         for name, value in {
             "task_reward": reward.nanmean(),
             "modified_reward": modified_total.nanmean(),
-            "csr": (remaining >= 0).float().mean(),
+            "csr": (total <= budget).float().mean(),
             "cost/mean": total.mean(),
             "cost/q50": total.quantile(0.5),
             "cost/q90": total.quantile(0.9),
             "kl_per_token": undiscounted.sum() / tokens,
-            "remaining_budget": remaining.mean(),
+            "remaining_budget": (budget - total).mean(),
             "over_budget_tokens": over.sum() / tokens,
         }.items():
             self._log(name, float(value))
