@@ -151,10 +151,11 @@ def shared_tokenizer(student: str | Path | ModelSpec, teacher: str | Path | Mode
 
 
 def check_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, models: str) -> None:
-    """Raise `ValueError`, which names the `models`, unless two tokenizers have the same ids."""
-    # without the fillers that llama.cpp writes into a GGUF up to the rows of the model's head
-    one, other = ({(x, i) for x, i in kind.get_vocab().items() if x != f"[PAD{i}]"} for kind in (student, teacher))
-    if one != other:
+    """Raise `ValueError`, which names the `models`, unless two tokenizers have the same ids. One may have a padding
+    token of its own, and llama.cpp's fillers of a GGUF up to the rows of the head."""
+    both = student, teacher
+    one, other = ({(x, i) for x, i in kind.get_vocab().items() if x != f"[PAD{i}]"} for kind in both)
+    if (one ^ other) - {(kind.pad_token, kind.pad_token_id) for kind in both}:
         hint = "no divergence between them is defined. Choose a teacher from the student's family."
         raise ValueError(f"{models} have different vocabularies: {hint}")
 
@@ -200,7 +201,7 @@ def load_teacher(teacher: PreTrainedModel | str, student, config) -> tuple[PreTr
     options |= {"dtype": "auto"} | (config.teacher_model_init_kwargs or {})
     if config.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         options["device_map"] = None
-    if isinstance(student, str | PreTrainedModel):
+    if isinstance(student, str | torch.nn.Module):
         student = find_tokenizer(student, (config.model_init_kwargs or {}).get("revision"), trust)
     other = find_tokenizer(teacher, options["revision"], trust)
     if compared := bool(student and other):

@@ -96,7 +96,7 @@ def test_a_teacher_that_is_an_adapter_over_the_students_base(student, tokenizer,
     same_step(by_name, log_of(base, adapted.merge_and_unload(), tmp_path / "out", **options))
     assert by_name["cost/mean"] > 0
     with pytest.raises(ValueError, match="different vocabularies"):  # told by the tokenizer of its base
-        build(student, name, build_tokenizer([*"zyxwvutsrqponmlkjihgfedc"]), tmp_path / "out", budget=BUDGET)
+        build(student, name, swapped(), tmp_path / "out", budget=BUDGET)
 
 
 def test_a_teacher_that_is_not_there_is_named_in_one_line(student, tokenizer, tmp_path):
@@ -107,7 +107,7 @@ def test_a_teacher_that_is_not_there_is_named_in_one_line(student, tokenizer, tm
 # ---- vocabularies ----
 
 
-def swapped(teacher):
+def swapped():
     """A tokenizer of as many words, in another order."""
     return build_tokenizer([*reversed(WORDS)])
 
@@ -116,11 +116,33 @@ def swapped(teacher):
 def test_a_teacher_with_other_ids_is_refused_by_its_tokenizer(
     student, teacher, tokenizer, tmp_path, named, monkeypatch
 ):
-    name = saved(teacher, tmp_path / "teacher", swapped(teacher))
+    name = saved(teacher, tmp_path / "teacher", swapped())
     given = name if named else AutoModelForCausalLM.from_pretrained(name)
     monkeypatch.setattr("trl.trainer.utils.create_model_from_path", lambda *_, **__: pytest.fail("weights are read"))
     with pytest.raises(ValueError, match="Student and teacher have different vocabularies"):
         build(student, given, tokenizer, tmp_path / "out", budget=BUDGET)
+
+
+def test_a_peft_student_is_told_by_its_tokenizer_too(student, teacher, tokenizer, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(saved(student, tmp_path / "student", tokenizer))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    args = config(tmp_path / "out")
+    with pytest.raises(ValueError, match="different vocabularies"):
+        CMDPTrainer(model, saved(teacher, tmp_path / "other", swapped()), score, args, train_dataset=ROWS)
+    CMDPTrainer(model, saved(teacher, tmp_path / "teacher", tokenizer), score, args, train_dataset=ROWS)
+
+
+def test_a_padding_token_of_the_students_own_is_no_other_vocabulary(student, teacher, tokenizer, tmp_path):
+    name = saved(with_rows(teacher, 32), tmp_path / "teacher", tokenizer)
+    own = copy.deepcopy(tokenizer)
+    own.add_special_tokens({"pad_token": "[PAD]"})
+    assert len(own) == 28
+    assert build(with_rows(student, 32), name, own, tmp_path, budget=BUDGET)._vocab_size == 28
+    own.add_tokens("think")
+    with pytest.raises(ValueError, match="different vocabularies"):
+        build(student, name, own, tmp_path, budget=BUDGET)
 
 
 def with_rows(model, rows: int):
