@@ -88,7 +88,7 @@ class CMDPConfig(GRPOConfig):
             ("lam penalty task_weight dual_rate", lambda x: 0 <= x < math.inf, "finite and 0 or more"),
             ("margin", lambda x: 0 <= x < 1, "a share of the budget, 0 or more and below 1"),
             ("step_budget", lambda x: x != math.inf, "finite, or None"),
-            ("distil_steps", lambda x: x >= 0 and x % 1 == 0, "a whole number, 0 or more"),
+            ("distil_steps", lambda x: x >= 0 and x % 1 == 0, "0 or more, a whole number"),
             ("csr_target", lambda x: x is None or 0 <= x <= 1, "between 0 and 1"),
             ("jsd_beta", lambda x: 0 < x < 1, "above 0 and below 1"),
             ("reward_weights", lambda x: all(map(math.isfinite, x or [])), "finite"),
