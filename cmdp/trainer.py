@@ -62,8 +62,11 @@ class CMDPConfig(GRPOConfig):
     step_budget: float | None = _option(None, "d_step: charge each token's nats above it, in place of those above d.")
     budget_from: float | None = _option(None, "The budget at the first step; it moves linearly to `budget` half-way.")
     distil_steps: int = _option(0, "Steps of pure distillation before the method begins.")
-    csr_target: float | None = _option(None, "Penalise the full divergence until the batch's CSR reaches this target.")
-    dual_rate: float = _option(0.0, "Dual ascent: lambda rises by this times E[C] - d per step, from `lam`.")
+    csr_target: float | None = _option(
+        None, "hinge: charge every nat until the batch's CSR reaches this target; soft_hinge: keep the CSR at it."
+    )
+    sharpness: float = _option(10.0, "k of soft_hinge; it rises linearly from 0 over the first 60 % of the steps.")
+    dual_rate: float = _option(0.0, "Dual ascent: step of lambda per nat of E[C] - d, or of u with soft_hinge.")
     divergence: str = _option("reverse_kl", f"One of {EXACT} or, sampled, {SAMPLED}.")
     jsd_beta: float = _option(0.5, "beta of the generalised JSD.")
     scale_rewards: str = _option("none", "none, or group: divide the advantages (not the single-step part) like GRPO.")
@@ -85,6 +88,7 @@ class CMDPConfig(GRPOConfig):
                 raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, not {getattr(self, name)!r}.")
         for names, holds, allowed in (
             ("discount", lambda x: 0 < x <= 1, "above 0 and at most 1"),
+            ("sharpness", lambda x: 0 < x < math.inf, "finite and above 0"),
             ("lam penalty task_weight dual_rate", lambda x: 0 <= x < math.inf, "finite and 0 or more"),
             ("margin", lambda x: 0 <= x < 1, "a share of the budget, 0 or more and below 1"),
             ("step_budget", lambda x: x != math.inf, "finite, or None"),
@@ -98,10 +102,12 @@ class CMDPConfig(GRPOConfig):
                     raise ValueError(f"{name} must be {allowed}, not {getattr(self, name)!r}.")
         if self.budget_from is not None and math.inf in (self.budget, self.budget_from):
             raise ValueError("budget_from moves to the budget: give both finite, or neither.")
-        if self.penalty > 0 and self.reward_form == "lagrangian":
-            raise ValueError("The lagrangian form knows no violation and so no penalty n: leave penalty at 0.")
-        if self.dual_rate and (self.reward_form != "lagrangian" or self.budget == math.inf):
-            raise ValueError("dual_rate moves the weight of the mean cost: set reward_form='lagrangian' and a budget.")
+        if self.penalty > 0 and self.reward_form in ("lagrangian", "soft_hinge"):
+            raise ValueError(f"The form {self.reward_form} has no penalty n: leave penalty at 0.")
+        if self.dual_rate and (self.reward_form not in ("lagrangian", "soft_hinge") or self.budget == math.inf):
+            raise ValueError("dual_rate needs reward_form='lagrangian' or 'soft_hinge', and a budget.")
+        if self.reward_form == "soft_hinge" and None in (self.csr_target, self.dual_rate or None):
+            raise ValueError("soft_hinge needs a csr_target and a dual_rate above 0.")
         single_step = not self.long_term or self.credit == "length_normalised" or self.distil_steps > 0
         if single_step and self.divergence in ("k1", "k3"):
             raise ValueError(f"{self.divergence} by itself has not the reverse KL's gradient: use divergence='k2'.")
@@ -110,16 +116,18 @@ class CMDPConfig(GRPOConfig):
 
 
 class DualAscent(TrainerCallback, ExportableState):
-    """lambda, which dual ascent moves: checkpoints save it, and a resumed run goes on with it."""
+    """lambda, or the offset u of soft_hinge, which dual ascent moves: checkpoints save it, and a resumed run goes on
+    with it."""
 
-    def __init__(self, lam: float):
-        self.lam = lam
+    def __init__(self, multiplier: float):
+        self.start = self.multiplier = multiplier
 
     def state(self) -> dict:
-        return {"args": {"lam": self.lam}, "attributes": {}}
+        return {"args": {"multiplier": self.multiplier}, "attributes": {}}
 
     def on_train_begin(self, args, state, control, **_):
-        self.lam = state.stateful_callbacks[type(self).__name__]["args"]["lam"] if state.global_step else args.lam
+        saved = state.stateful_callbacks[type(self).__name__]["args"] if state.global_step else {}
+        self.multiplier = saved.get("multiplier", self.start)
 
 
 class CMDPTrainer(GRPOTrainer):
@@ -162,7 +170,7 @@ class CMDPTrainer(GRPOTrainer):
         if args.fp16:  # its gradient scaler takes no bfloat16, in which TRL holds the adapter of a 4-bit student
             for parameter in filter(lambda p: p.requires_grad, self.model.parameters()):
                 parameter.data = parameter.data.float()
-        self.add_callback(DualAscent(args.lam))
+        self.add_callback(DualAscent(-1.0 if args.reward_form == "soft_hinge" else args.lam))
         # TRL would hide truncated completions from the scoring pass; `_leave_out_truncated` hides them from the loss
         self.mask_truncated_completions = False
 
@@ -279,8 +287,7 @@ class CMDPTrainer(GRPOTrainer):
         budget = trajectory_budget(args.budget, mask, args.budget_form)
         total = cumulative_cost(cost, mask, args.discount)[:, -1]
         self._check_finite("The cost of a completion", self.accelerator.gather(total))
-        excess = self.accelerator.gather(total - budget)
-        limit, task_weight, long_term, terms = self._objective(excess)
+        limit, task_weight, long_term, terms = self._objective(*map(self.accelerator.gather, (total, budget)))
 
         aim, charged = trajectory_budget(limit * (1 - args.margin), mask, args.budget_form), cost
         if args.step_budget is not None:  # a token's cost is its excess, of which nothing is allowed
@@ -295,29 +302,38 @@ class CMDPTrainer(GRPOTrainer):
 
         self._log_trajectories(task_reward, total, budget, mask, cost, modified)
         self._log("lambda", terms["lam"])
+        self._log("offset", terms.get("offset", 0.0))
         rollout_time = time.perf_counter() - start
         self._log("time/generation", self._generation_time)
         self._log("time/scoring", rollout_time - self._generation_time)  # rewards included
         self._rollout_time += rollout_time
         return outputs
 
-    def _objective(self, excess: Tensor) -> tuple[float, float, bool, dict]:
-        """What this step maximises: the budget, task_weight, long_term, and the settings of `modified_reward`. `excess`
-        is C - d of the rollouts of all processes, by which dual ascent also moves the next step's lambda."""
-        args, step, budget = self.args, self.state.global_step, self.args.budget
+    def _objective(self, total: Tensor, budget: Tensor) -> tuple[float, float, bool, dict]:
+        """What this step maximises: the budget, task_weight, long_term, and the settings of `modified_reward`. C and d
+        of the rollouts of all processes, (N,) each, also move the next step's multiplier by dual ascent: lambda by the
+        mean of C - d, the offset u of soft_hinge by that quantile of C/d - 1 which `csr_target` names."""
+        args, step, limit = self.args, self.state.global_step, self.args.budget
         dual = next(callback for callback in self.callback_handler.callbacks if isinstance(callback, DualAscent))
-        lam = dual.lam
+        terms = {"form": args.reward_form, "lam": args.lam, "penalty": args.penalty, "discount": args.discount}
+        if args.reward_form == "soft_hinge":
+            terms["offset"] = dual.multiplier
+            terms["sharpness"] = args.sharpness * min(1.0, max(step, 1) / (0.6 * max(1, self.state.max_steps)))
+            move = (total / budget.clamp(min=1e-9) - 1).quantile(args.csr_target).clamp(-0.2, 0.2)
+        else:
+            terms["lam"], move = dual.multiplier, (total - budget).mean()
         if args.dual_rate and self.model.training:
-            dual.lam = max(0.0, lam + args.dual_rate * float(excess.mean()))
-        terms = {"form": args.reward_form, "lam": lam, "penalty": args.penalty, "discount": args.discount}
+            moved = dual.multiplier + args.dual_rate * float(move)
+            dual.multiplier = moved if args.reward_form == "soft_hinge" else max(0.0, moved)
         soft = {"form": "lagrangian", "penalty": 0.0}
         if step < args.distil_steps:
-            return budget, 0.0, False, terms | soft | {"lam": 1.0}
+            return limit, 0.0, False, terms | soft | {"lam": 1.0}
         if args.budget_from is not None:
-            budget += max(0.0, 1 - 2 * step / max(1, self.state.max_steps)) * (args.budget_from - args.budget)
-        if args.csr_target is not None and float((excess <= 0).float().mean()) < args.csr_target:
+            limit += max(0.0, 1 - 2 * step / max(1, self.state.max_steps)) * (args.budget_from - args.budget)
+        adaptive = args.csr_target is not None and args.reward_form != "soft_hinge"
+        if adaptive and float((total <= budget).float().mean()) < args.csr_target:
             terms |= soft
-        return budget, args.task_weight, args.long_term, terms
+        return limit, args.task_weight, args.long_term, terms
 
     def _advantages(self, earned, cost, mask, budget) -> Tensor:
         """(B,), or (B, T) where credit is per token. The groups may span processes."""
