@@ -1,8 +1,8 @@
 """What a budget can buy: an exact bound on accuracy, from the teacher's pass rates alone (method, section 11).
 
 A student that is right with probability a on a prompt, where the teacher is with q, spends at least kl(a || q) nats on
-it. So `spend(d, q)`, the larger root of kl(a || q) = d, bounds every method, and its mean over prompts is the price list
-from which to choose a budget. The nats beyond kl(a || q) that a student spends are wasted: they buy no accuracy.
+it. So `spend(d, q)`, the larger root of kl(a || q) = d, bounds every method, and its mean over prompts is the price
+list from which to choose a budget. The nats beyond kl(a || q) that a student spends are wasted: they buy no accuracy.
 """
 
 import numpy as np
@@ -38,7 +38,7 @@ def price_list(right: np.ndarray, samples: int, budgets=BUDGETS, seed: int = 0) 
     """The ceiling of each budget, from `right` (prompts,), how many of `samples` completions per prompt are right.
 
     a(d; q) is concave in q, so a mean over sampled pass rates is too low: column `plug_in`. `ceiling` is its jackknife,
-    which removes the bias of order 1/samples; where many pass rates are 0 or 1 it may still be low. `low` and `high` are
+    which removes the bias of order 1/samples; with many pass rates of 0 or 1 it may still be low. `low` and `high` are
     its 95 % bootstrap interval over prompts. The first row, budget 0, is the teacher.
 
     Raises:

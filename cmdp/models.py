@@ -15,6 +15,7 @@ import tokenizers
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from cmdp.storage import whole
 
@@ -145,13 +146,75 @@ def load_tokenizer(source: str | Path | ModelSpec) -> PreTrainedTokenizerBase:
 def shared_tokenizer(student: str | Path | ModelSpec, teacher: str | Path | ModelSpec) -> PreTrainedTokenizerBase:
     """The student's tokenizer. Raises `ValueError` unless the teacher's has the same ids; no weights are read."""
     both = [load_tokenizer(student), load_tokenizer(teacher)]
-    # without the fillers that llama.cpp writes into a GGUF up to the rows of the model's head
-    one, other = ({(x, i) for x, i in tokenizer.get_vocab().items() if x != f"[PAD{i}]"} for tokenizer in both)
-    if one != other:
-        models = f"The student {_spec(student).model} and the teacher {_spec(teacher).model}"
+    check_vocabulary(*both, f"The student {_spec(student).model} and the teacher {_spec(teacher).model}")
+    return both[0]
+
+
+def check_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, models: str) -> None:
+    """Raise `ValueError`, which names the `models`, unless two tokenizers have the same ids. One may have a padding
+    token of its own, and llama.cpp's fillers of a GGUF up to the rows of the head."""
+    both = student, teacher
+    one, other = ({(x, i) for x, i in kind.get_vocab().items() if x != f"[PAD{i}]"} for kind in both)
+    if (one ^ other) - {(kind.pad_token, kind.pad_token_id) for kind in both}:
         hint = "no divergence between them is defined. Choose a teacher from the student's family."
         raise ValueError(f"{models} have different vocabularies: {hint}")
-    return both[0]
+
+
+def find_tokenizer(model: PreTrainedModel | str, revision: str | None = None, trust_remote_code: bool = False):
+    """The tokenizer beside a model, named or loaded, or beside the base model of a PEFT adapter; None where there is
+    none. That of a loaded model is not downloaded."""
+    from peft import PeftConfig
+
+    named = isinstance(model, str)
+    name, options = model if named else model.config._name_or_path, {"local_files_only": offline() or not named}
+    try:
+        if named and find_adapter_config_file(name, revision=revision, **options):
+            name, revision = PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path, None
+        options |= {"revision": revision, "trust_remote_code": trust_remote_code}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError):
+        return None
+    # beside weights alone transformers finds an empty one, of special tokens
+    return tokenizer if len(tokenizer) > len(tokenizer.added_tokens_encoder) else None
+
+
+def tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """The ids of texts, each after what the tokenizer starts a text with (BOS), once, whether or not the text brings it
+    along; without what it ends one with. Raises `ValueError` for a text without ids."""
+    whole, (one, *ids) = tokenizer("a").input_ids, tokenizer(["a", *texts], add_special_tokens=False).input_ids
+    start = whole[: len(whole) - whole[::-1].index(one[-1]) - len(one)]  # before the text's own, which are `one`
+    ids = [row if row[: len(start)] == start else start + row for row in ids]
+    if not all(ids):
+        raise ValueError("A prompt is empty: leave it out, or give it a token.")
+    return ids
+
+
+def load_teacher(teacher: PreTrainedModel | str, student, config) -> tuple[PreTrainedModel, bool]:
+    """The teacher of a trainer with the `CMDPConfig`, loaded as TRL loads models if it is a name (Hub id or folder of a
+    model or PEFT adapter), and whether its tokenizer was found and compared with that of `student` (a model, name,
+    tokenizer or processor). Raises, before weights are read, `FileNotFoundError` if there is no such teacher and
+    `ValueError` if it has other ids."""
+    from trl.trainer.utils import create_model_from_path
+
+    named, trust = isinstance(teacher, str), config.trust_remote_code
+    options = {"revision": config.teacher_model_revision, "trust_remote_code": trust, "use_safetensors": True}
+    options |= {"dtype": "auto"} | (config.teacher_model_init_kwargs or {})
+    if config.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        options["device_map"] = None
+    if isinstance(student, str | torch.nn.Module):
+        student = find_tokenizer(student, (config.model_init_kwargs or {}).get("revision"), trust)
+    other = find_tokenizer(teacher, options["revision"], trust)
+    if compared := bool(student and other):
+        check_vocabulary(getattr(student, "tokenizer", student), other, "Student and teacher")
+    if not named and config.teacher_model_init_kwargs:
+        raise ValueError("teacher_model_init_kwargs load a teacher named by a string, but teacher_model is a model.")
+    if getattr(getattr(teacher, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError("The teacher has a learned prompt, which is not read: give one without, or with LoRA.")
+    try:
+        model = create_model_from_path(teacher, AutoModelForCausalLM, **options) if named else without_peft(teacher)
+    except OSError as error:
+        raise FileNotFoundError(f"There is no teacher {teacher}: {str(error).splitlines()[0]}") from error
+    return model, compared
 
 
 def load_pair(student: str | Path | ModelSpec, teacher: str | Path | ModelSpec, use_cpu: bool = False) -> tuple:
@@ -181,6 +244,29 @@ def load_pair(student: str | Path | ModelSpec, teacher: str | Path | ModelSpec, 
 
         model = get_peft_model(model, lora_config(student))
     return model, other.requires_grad_(False).eval(), tokenizer
+
+
+def without_peft(model: torch.nn.Module) -> PreTrainedModel:
+    """The transformers model that a `PeftModel` wraps, with its adapters; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def check_heads(student, teacher, ids: int, compared: bool, sampled: bool) -> None:
+    """Raise `ValueError` for an LM head from which no divergence over the tokenizer's `ids` is read: one with too few
+    rows, or with an adapter that TRL's fused head (the student's; the teacher's where the divergence is `sampled`)
+    ignores. Unless the teacher's vocabulary was `compared`, its rows beyond the ids must be padding: as many rows as
+    the student's, or no more than 128 or 1/64 of the ids beyond them."""
+    rows = []
+    for role, model, fused in (("student", student, True), ("teacher", teacher, sampled)):
+        head = model.get_output_embeddings()
+        rows.append(getattr(head.weight, "ds_shape", head.weight.shape)[0])  # ZeRO-3 leaves an empty weight
+        padded = rows[-1] == rows[0] or rows[-1] - ids <= max(128, ids // 64)
+        if rows[-1] < ids or not (padded or compared):
+            raise ValueError(
+                f"The {role}'s head has {rows[-1]} rows but the tokenizer {ids} ids: use one model family."
+            )
+        if fused and hasattr(head, "base_layer"):  # of which the fused head reads the weight
+            raise ValueError(f"The adapter on the {role}'s LM head would be ignored: merge it (merge_and_unload).")
 
 
 def lora_config(spec: ModelSpec):

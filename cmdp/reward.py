@@ -72,7 +72,18 @@ class ModifiedReward(NamedTuple):
 
 
 def modified_reward(
-    task_reward, cost, mask, budget, *, lam, penalty=0.0, form="exhausted", phi=None, discount=1.0, sharpness=10.0, offset=0.0
+    task_reward,
+    cost,
+    mask,
+    budget,
+    *,
+    lam,
+    penalty=0.0,
+    form="exhausted",
+    phi=None,
+    discount=1.0,
+    sharpness=10.0,
+    offset=0.0,
 ) -> ModifiedReward:
     """The reward that the student maximises (section 3), with over_t = 1{C_t > d}:
 

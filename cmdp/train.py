@@ -6,7 +6,6 @@ students go to models/NAME/RUN/SEED, results to results/NAME. Finished runs are 
 """
 
 import contextlib
-import copy
 import dataclasses
 import json
 import os
@@ -23,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cmdp import storage
 from cmdp.methods import METHODS, START, TRL, check_method
-from cmdp.models import ModelSpec, check_specs, load_pair, pick_device, pick_dtype, shared_tokenizer
+from cmdp.models import ModelSpec, check_specs, load_pair, pick_device, pick_dtype, shared_tokenizer, tokenise
 from cmdp.statistics import summarise
 from cmdp.tasks import load_problems, load_task
 
@@ -81,13 +80,10 @@ class Experiment:
         return MODELS / self.name / run / str(seed)
 
     def problems(self, split: str, tokenizer) -> list[dict]:
-        """The problems of a split whose prompts have at most `task.prompt_length` tokens, the token that starts every
-        text of the tokenizer included. Raises `ValueError` if none is left."""
+        """The problems of a split whose prompts have at most `task.prompt_length` tokens. Raises `ValueError` if none
+        is left."""
         problems, longest = load_problems(self.task, tokenizer)[split], self.task.get("prompt_length")
-        if tokenizer.bos_token and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
-            start = tokenizer.bos_token
-            problems = [row | {"prompt": start + row["prompt"].removeprefix(start)} for row in problems]
-        lengths = map(len, tokenizer([row["prompt"] for row in problems], add_special_tokens=False).input_ids)
+        lengths = map(len, tokenise(tokenizer, [row["prompt"] for row in problems]))
         kept = [row for row, length in zip(problems, lengths, strict=True) if longest is None or length <= longest]
         if len(kept) < len(problems):
             print(f"{len(problems) - len(kept)} of {len(problems)} problems are left out: over {longest} tokens.")
@@ -177,6 +173,8 @@ def distil(method: str, student, teacher, tokenizer, problems, is_correct, check
         trainer = DistillationTrainer(student, teacher, args=config, **data)
     else:
         trainer = CMDPTrainer(student, teacher, task_reward, config, **data)
+    if method in TRL:  # which would start a text twice that brings BOS along
+        trainer._tokenize_prompts = lambda prompts: (tokenise(tokenizer, prompts), None, {})
     return run_trainer(trainer, resume)
 
 
@@ -261,9 +259,9 @@ def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -
         device, dtype, log = student.device, pick_dtype(student.device), []
         if method != START:
             settings = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16, **settings}
-            is_correct, plain = load_task(experiment.task["name"]).is_correct, _plain(tokenizer)
+            is_correct = load_task(experiment.task["name"]).is_correct
             with steps_to(checkpoints / "steps.txt"):
-                log = distil(method, student, teacher, plain, problems, is_correct, checkpoints, resume, settings)
+                log = distil(method, student, teacher, tokenizer, problems, is_correct, checkpoints, resume, settings)
         if not main:
             return folder
         record = {"run": run, "method": method, "seed": seed, "settings": settings, "task": experiment.task}
@@ -380,11 +378,3 @@ def steps_to(path: Path):
     print(f"Training: steps are logged to {path}", flush=True)
     with open(path, "a", buffering=1, encoding="utf-8") as lines, contextlib.redirect_stdout(lines):
         yield
-
-
-def _plain(tokenizer):
-    """A copy that adds no special tokens to a text, since prompts bring them along: TRL tokenises without saying so."""
-    tokenizer = copy.deepcopy(tokenizer)
-    if tokenizer("a").input_ids != tokenizer("a", add_special_tokens=False).input_ids:
-        tokenizer.backend_tokenizer.post_processor = None
-    return tokenizer

@@ -1011,7 +1011,7 @@ def test_a_head_with_too_few_rows_is_refused_by_name(student, teacher, tokenizer
         ({"dual_rate": 0.1}, "dual_rate needs reward_form"),
         ({"reward_form": "soft_hinge", "budget": 1.0}, "soft_hinge needs"),
         ({"reward_form": "soft_hinge", "csr_target": 0.9, "dual_rate": 0.1}, "and a budget"),
-        ({"reward_form": "soft_hinge", "csr_target": 0.9, "dual_rate": 0.1, "budget": 1.0, "penalty": 1.0}, "penalty n"),
+        ({**METHODS["cmdp-chance"], "budget": 1.0, "penalty": 1.0}, "penalty n"),
         *[({"sharpness": value}, "sharpness must be") for value in (math.nan, math.inf, 0.0)],
         ({"margin": 1.0}, "share of the budget"),
         ({"step_budget": -1.0}, "0 nats or more"),
