@@ -1,8 +1,8 @@
 """A verdict for each of the paper's claims (method, section 9) and for two of ours, computed from results files.
 
 The subject is the paper's reward at its best settings, `best.subject` of results/chosen.yaml. claims.yaml says what is
-compared on which measure and in which words; a small function judges. Differences are paired over seeds and prompts; the
-verdicts on the paper's claims share the 5 % (Bonferroni), those on ours take the intervals of `tables.equal_csr`. A gain is
+compared on which measure and in which words; a small function judges. Differences are paired over seeds and prompts;
+the verdicts on the paper's claims share the 5 % (Bonferroni), ours take the intervals of `tables.equal_csr`. A gain is
 
 - replicated, where its interval lies above zero, though perhaps below the published figure;
 - not replicated, where its interval does not, and excludes the published figure;
@@ -27,6 +27,7 @@ from replication.tables import MEASURES, by_name, difference, equal_csr, read_co
 from replication.tune import ROLES, under_constraint
 
 YES, NO, OPEN, UNTESTED = "replicated", "not replicated", "inconclusive", "not tested at this scale"
+ORDER = (NO, OPEN, YES).index
 SUPPORTED = {YES: "supported", NO: "not supported", OPEN: OPEN}  # the verdicts on claims of ours
 NO_OVERHEAD = 1.05  # ratio of step times up to which there is none
 CLAIMS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
@@ -81,7 +82,7 @@ def gain(low: float, high: float, published: float, none: float = 0.0) -> str:
 
 def weakest(verdicts: list[str]) -> str:
     """The verdict on a claim of which all must hold."""
-    return min(verdicts, key=(NO, OPEN, YES).index)
+    return min(verdicts, key=ORDER)
 
 
 def over_soft(study: Study, claim: dict) -> tuple[str, dict]:
@@ -180,7 +181,7 @@ def degrades(study: Study, claim: dict) -> tuple[str, dict]:
 
 
 def careful_tuning(study: Study, claim: dict) -> tuple[str, dict]:
-    """Fewer of its tuning trials work than of the soft Lagrangian's; a difference of less than one trial decides nothing.
+    """Fewer of its tuning trials work than of the soft Lagrangian's; less than one trial's difference decides nothing.
 
     A trial works where it keeps the target and is near the best accuracy of the role's trials that do.
     """
@@ -195,66 +196,38 @@ def careful_tuning(study: Study, claim: dict) -> tuple[str, dict]:
     return verdict, {f"{role}_works": text for role, text in said.items()}
 
 
-def _by_budget(study: Study) -> tuple[pd.DataFrame, dict]:
-    """The rows of ours in `equal`, by budget, and how to say them."""
+def at_budgets(study: Study, claim: dict) -> tuple[str, dict]:
+    """At `every` budget it keeps the target and loses no accuracy, beyond the tolerance, to the soft Lagrangian at
+    equal CSR; or else it is more accurate at one or more."""
     own = study.equal[study.equal["method"] == study.ours].sort_values("budget")
-    said = [
-        f"{row.budget:g} nats: CSR {share((row.csr, row.csr_low, row.csr_high))}, at equal CSR "
-        f"{points((row.difference, row.low, row.high))}, against lambda {row.soft_lambda:g} "
-        f"{points((row.target_difference, row.target_low, row.target_high))}"
-        for row in own.itertuples()
-    ]
-    return own, {"budgets": "; ".join(said)}
-
-
-def at_every_budget(study: Study, claim: dict) -> tuple[str, dict]:
-    """At each budget it keeps the target and loses no accuracy to the soft Lagrangian, beyond the tolerance."""
-    own, said = _by_budget(study)
-    target, tolerance = study.settings["target"], study.settings["tolerance"]
-    verdicts = [gain(row.csr_low, row.csr_high, target, target) for row in own.itertuples()]
-    verdicts += [gain(row.low, row.high, -tolerance, -tolerance) for row in own.itertuples()]
-    return SUPPORTED[weakest(verdicts)], said
-
-
-def at_some_budget(study: Study, claim: dict) -> tuple[str, dict]:
-    """At one budget or more it is more accurate than the soft Lagrangian at equal CSR."""
-    own, said = _by_budget(study)
-    better = [gain(row.low, row.high, 0.0) for row in own.itertuples()]
-    return SUPPORTED[max(better, key=(NO, OPEN, YES).index)], said
+    target, tolerance, said, kept, level, better = study.settings["target"], study.settings["tolerance"], [], [], [], []
+    for row in own.itertuples():
+        kept.append(gain(row.csr_low, row.csr_high, target, target))
+        level.append(gain(row.low, row.high, -tolerance, -tolerance))
+        better.append(gain(row.low, row.high, 0.0))
+        csr, found = share((row.csr, row.csr_low, row.csr_high)), points((row.difference, row.low, row.high))
+        single = points((row.target_difference, row.target_low, row.target_high))
+        said.append(
+            f"{row.budget:g} nats: CSR {csr}, at equal CSR {found}, against lambda {row.soft_lambda:g} {single}"
+        )
+    verdict = weakest(kept + level) if claim["every"] else max(better, key=ORDER)
+    return SUPPORTED[verdict], {"budgets": "; ".join(said)}
 
 
 _JUDGES = (over_soft, at_equal_csr, win_rate, at_similar_csr, competitive, same_student, no_overhead, guaranteed)
-_JUDGES += (degrades, careful_tuning, at_every_budget, at_some_budget)
+_JUDGES += (degrades, careful_tuning, at_budgets)
 JUDGES = {judge.__name__: judge for judge in _JUDGES}
-
-
-def effort(trials: pd.DataFrame, run: str) -> str:
-    """How many trials a run was tuned by, and which of the best's settings are at the edge of those tried."""
-    own = trials[trials["run"] == run]
-    best, varied = (
-        own.loc[own["score"].idxmax()],
-        [name for name in ("lam", "learning_rate") if own[name].nunique() > 1],
-    )
-    edges = [name for name in varied if best[name] in (own[name].min(), own[name].max())]
-    return f"{run} the best of {len(own)} trials" + (f" (at an edge in {' and '.join(edges)})" if edges else "")
 
 
 def conditions(study: Study) -> dict[str, str]:
     """What fills the braces in the claims' conditions and evidence, beside what each judge found."""
-    given, seeds = study.settings, study.runs[study.subject]["seed"].nunique()
-    size = int(study.times.loc[study.times["run"] == study.subject, "parameters"].min())
-    scale = f"arithmetic, a student of {size:,} parameters, {seeds} seeds"
-    at = f"{scale}, budget {study.budget:g} nats"
+    given, size = study.settings, study.times.set_index("run")["parameters"][study.subject].min()
+    seeds, trials = study.runs[study.subject]["seed"].nunique(), study.trials["run"].value_counts()[study.subject]
+    scale, budget = f"arithmetic, a student of {size:,} parameters, {seeds} seeds", f"{study.budget:g}"
+    own = {"soft": study.soft, "subject": study.subject, "variant": study.ours, "scale": scale, "budget": budget}
+    own["at"] = f"{scale}, budget {budget} nats"
+    own["tuned"] = f"{own['at']}; each the best of {trials} trials"
     shares = {name: f"{100 * value:g}" for name, value in (given | {"near": 1 - given["near"]}).items()}
-    tuned = "; ".join((at, *(effort(study.trials, run) for run in (study.subject, study.soft))))
-    own = {
-        "soft": study.soft,
-        "subject": study.subject,
-        "variant": study.ours,
-        "scale": scale,
-        "at": at,
-        "tuned": tuned,
-    }
     return shares | own | {"turns": study.benchmark["repeats"].iloc[0]}
 
 
