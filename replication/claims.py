@@ -100,7 +100,8 @@ def at_equal_csr(study: Study, claim: dict) -> tuple[str, dict]:
     said = {
         name: points(table.loc[run, [*found.index]]) for name, run in (("found", study.subject), ("ours", study.ours))
     }
-    said["csr"] = f"{100 * table.loc[study.subject, 'csr']:.1f} %, {table.loc[study.subject, 'place']} the curve"
+    csr, place = table.loc[study.subject, ["csr", "place"]]
+    said["csr"] = f"{100 * csr:.1f} %, {place}{' than' * (place != 'within')} the curve"
     return OPEN if found.isna().any() else gain(found["low"], found["high"], claim["gain"]), said
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from conftest import make_model
 
 from cmdp.divergence import divergence_from_logits
 from cmdp.evaluation import evaluate, generate, ledger, score
@@ -16,6 +17,16 @@ TASK = SimpleNamespace(
     steps_are_valid=lambda completion, prompt: len(completion.split()) < 4,
 )
 LENGTH = 12
+
+
+@pytest.fixture
+def student(tokenizer):
+    return make_model(tokenizer, seed=0, spread=2.0)  # its completions end early as often as not
+
+
+@pytest.fixture
+def teacher(tokenizer):
+    return make_model(tokenizer, seed=1, hidden=24, spread=2.0)
 
 
 def measure(student, teacher, tokenizer, **changes):
@@ -110,9 +121,32 @@ def test_a_completion_ends_at_every_end_token_of_the_model(student, tokenizer):
     assert student.generation_config.eos_token_id == [tokenizer.eos_token_id, 7]
 
 
-def test_the_confidence_in_an_answer_is_recorded_where_a_task_has_one_token_answers(student, teacher, tokenizer):
-    assert "confidence" not in measure(student, teacher, tokenizer)[0]
-    task = SimpleNamespace(**vars(TASK), style=lambda completion: "plain")
-    completions, _ = evaluate(student, teacher, tokenizer, task, PROBLEMS, 4, LENGTH, 5, 0)
-    assert completions["confidence"].between(0, 1).all()
-    assert (completions["style"] == "plain").all()
+def test_a_task_needs_a_verifier_and_a_step_checker_and_no_more(student, teacher, tokenizer):
+    completions, _ = measure(student, teacher, tokenizer)
+    measured = ["correct", "valid", "tokens", "truncated", "entropy", "cost", "peak", "completion"]
+    assert list(completions) == ["prompt", "decoding", *measured]
+    words = completions["completion"].str.split()
+    answers = completions["prompt"].map(lambda index: PROBLEMS[index]["answer"])
+    found = [answer in own for own, answer in zip(words, answers, strict=True)]
+    assert (completions["correct"] == found).all()
+    assert (completions["valid"] == (words.str.len() < 4)).all()
+    assert 0 < completions["correct"].mean() < 1
+    assert 0 < completions["valid"].mean() < 1
+
+
+def test_nothing_is_decoded_greedily_unless_asked_for(student, teacher, tokenizer, tables):
+    completions, positions = measure(student, teacher, tokenizer, greedy=False)
+    assert set(completions["decoding"]) == {"sampled"}
+    sampled = tables[0][tables[0]["decoding"] == "sampled"]
+    pd.testing.assert_frame_equal(completions, sampled)
+    pd.testing.assert_frame_equal(positions, tables[1])
+
+
+def test_the_log_probability_of_each_token_is_the_students(student, teacher, tokenizer):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        ids, attention, completion_ids, mask = generate(student, tokenizer, ["a b c"] * 4, True, LENGTH)
+        _, _, log_probs = score(student, teacher, len(tokenizer), ids, attention, mask)
+        logits = student(input_ids=ids, attention_mask=attention).logits[:, -mask.shape[1] - 1 : -1]
+    expected = logits.log_softmax(-1).gather(-1, completion_ids[..., None])[..., 0] * mask
+    torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=1e-4)
