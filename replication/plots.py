@@ -1,9 +1,9 @@
 """Figures of the default experiment and of the study, from results files alone: SVG and PNG, readable in print and by
 the colour-blind. plots.yaml has their looks and words.
 
-A run has one colour and one marker throughout: those of its method, in shades where several runs share a method.
-Methods that know the budget have dashed lines. Runs that were not made are left out. Bars are 95 % intervals; those of
-differences hold for all runs of a figure at once. `style` holds the look of each run, in the order of the legends.
+A run has one colour and one marker throughout, those of its method; the soft Lagrangians share a hue, darker with
+lambda. Methods that know the budget have dashed lines and black edges. Runs that were not made are left out. Bars are
+95 % intervals; those of differences hold for all runs of a panel at once.
 """
 
 import itertools
@@ -16,19 +16,21 @@ import pandas as pd
 import seaborn as sns
 import yaml
 from matplotlib import pyplot as plt
-from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from cmdp.storage import read_yaml, whole
-from replication.experiments import EXPERIMENTS, FIGURES, PARAMS, RESULTS, Row, gather, rows
-from replication.tables import BUDGET_FREE, COMPARED, by_name
+from replication.experiments import EXPERIMENTS, FIGURES, PARAMS, RESULTS, Row, rows
+from replication.tables import BUDGET_FREE, COMPARED, by_name, read_completions, soft_lambdas
 from replication.tables import frontier as points_by_budget
+from replication.tables import points as shown_as
 
 PALETTE = sns.color_palette("colorblind")
 STYLES, TEXTS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")).values()
-OUTLINED = ("trl-grpo", "trl-gkd")  # drawn as outlines: trl-grpo coincides with grpo
-CAPACITIES = {"student-tenth": 0.1, "student": 0.3, "student-half": 0.5, "student-equal": 1.0}  # of the teacher's
-TRACED = ("sft", "grpo", "gkd", "cmdp", "cmdp-hinge", "cmdp-adaptive")  # and the best soft Lagrangian: all are too many
-ENDS = ["mean", "low", "high"]
+SOFT = "gkd-grpo"
+OUTLINED = ("trl-grpo", "trl-gkd")  # drawn as outlines: they come close to grpo and gkd
+STARTS = ("student-third", "student", "teacher")  # that the methods distil, in the order of size
+TRACED = ("sft", "grpo", "gkd", "cmdp", "cmdp-hinge", "cmdp-chance", "dual")  # where all would be too many
+ENDS = {"mean": "", "low": "_low", "high": "_high"}
 FEW = 30  # completions: a share of fewer is not drawn
 EDGE = {"markeredgecolor": "black", "markeredgewidth": 1.2}
 DASHED = {"color": "black", "linestyle": "--", "linewidth": 1}
@@ -36,15 +38,22 @@ Look = namedtuple("Look", "colour marker line method")
 Style = dict[str, Look]
 
 
-def looks(table: dict[str, Row]) -> Style:
-    """How each run is drawn: by its method; a run at other settings or of another start as the run it is tuned as."""
+def looks(table: dict[str, Row], lambdas: dict[str, float]) -> Style:
+    """How each run is drawn, in the order of the legends: by its method, the soft Lagrangians of `lambdas` in their
+    order; a run at another budget, at other settings or of another start as the run that it changes."""
     runs, found = by_name(table), {}
-    students = [name for name, row in runs.items() if row.family == "method" and row.start != "teacher"]
+    methods = {name: row for name, row in runs.items() if row.family == "method"}
     for method, variants in STYLES.items():
-        own, line = [name for name in students if runs[name].method == method], "-" if method in BUDGET_FREE else "--"
+        own, line = [name for name, row in methods.items() if row.method == method], "--"
+        if method in BUDGET_FREE:
+            own, line = [name for name in own if methods[name].start != "teacher"], "-"
+        if method == SOFT:
+            own, (hue, marker) = [*lambdas], variants[0]
+            variants = [(colour, marker) for colour in sns.light_palette(hue, len(own) + 2)[2:]]
         found |= {name: Look(*look, line, method) for name, look in zip(own, itertools.cycle(variants), strict=False)}
-    found |= {name: Look("black", "*", "-", "sft") for name, row in runs.items() if row.start == "teacher"}
-    return found | {name: found[row.tuned] for name, row in runs.items() if row.tuned in found and name not in found}
+    found |= {name: Look("black", "*", "-", "sft") for name, row in methods.items() if row.start == "teacher"}
+    of = {name: row.tuned for name, row in runs.items()} | shown_as(runs)
+    return found | {name: found[other] for name, other in of.items() if other in found and name not in found}
 
 
 def draw(subject: str, results: Path = RESULTS, folder: Path = FIGURES) -> None:
@@ -54,38 +63,36 @@ def draw(subject: str, results: Path = RESULTS, folder: Path = FIGURES) -> None:
 
     if subject == "theory":
         return draw_theory(results / "theory", folder / "theory")
-    if subject not in (makers := {"default": _default, "study": _study}):
-        raise ValueError(f"There are figures of {', '.join(makers)}, theory, not of {subject!r}.")
+    if subject not in ("default", "study"):
+        raise ValueError(f"There are figures of default, study, theory, not of {subject!r}.")
     with whole(folder / subject) as made, sns.axes_style("whitegrid"), sns.plotting_context("paper", font_scale=1.1):
-        for name, figure in makers[subject](results).items():
+        for name, figure in figures(subject, results).items():
             save(figure, made, name)
 
 
-def _default(results: Path) -> dict[str, plt.Figure]:
-    runs, style, budget = rows(part="default"), looks(rows()), read_yaml(PARAMS)["budget"]["budget"]
-    target = read_yaml(EXPERIMENTS)["claims"]["target"]
-    sampled = gather("completions", runs, results / "runs").query("split == 'test' and decoding == 'sampled'")
-    return {
-        "frontier": frontier(points_by_budget(sampled, by_name(runs), budget), style, target),
-        "cost_by_position": cost_by_position(_read(results / "positions.csv"), style, budget),
-        "cost_distribution": cost_distribution(sampled, style, budget),
-        "training": training(_read(results / "curves.csv"), style),
-    }
-
-
-def _study(results: Path) -> dict[str, plt.Figure]:
-    style, soft = looks(rows()), read_yaml(results / "chosen.yaml")["best"]["soft"]
-    target = read_yaml(EXPERIMENTS)["claims"]["target"]
-    names = ("ablations", "frontier", "paired", "strength", "summary", "violation")
+def figures(subject: str, results: Path) -> dict[str, plt.Figure]:
+    """The figures of `subject`, default or study, by name."""
+    table, budget = by_name(rows()), read_yaml(PARAMS)["budget"]["budget"]
+    target, part = read_yaml(EXPERIMENTS)["claims"]["target"], None if subject == "study" else subject
+    style = looks(table, soft_lambdas(table, read_yaml(results / "chosen.yaml")["runs"]))
+    runs, sampled = by_name(rows(part=part)), read_completions(results, part).query("decoding == 'sampled'")
+    drawn = {"ceiling": ceiling(kept(sampled, runs, target), _read(results / "prices.csv"), style, budget, target)}
+    if subject == "default":
+        return drawn | {
+            "frontier": frontier(points_by_budget(sampled, runs, budget), style, target),
+            "cost_by_position": cost_by_position(_read(results / "positions.csv"), style, budget),
+            "cost_distribution": cost_distribution(sampled, style, budget, target),
+            "training": training(_read(results / "curves.csv"), style),
+        }
+    names = ("ablations", "equal_csr", "frontier", "summary", "violation")
     tables = {name: _read(results / "study" / f"{name}.csv") for name in names}
-    return {
+    return drawn | {
         "frontier": frontier(tables["frontier"], style, target),
-        "paired": paired(tables["paired"], style, soft),
-        "sensitivity": sensitivity(tables["strength"]),
-        "ablations": ablations(tables["ablations"], style, by_name(rows())),
-        "capacity": capacity(tables["summary"], style),
-        "violation": violation(tables["violation"], style, [*TRACED, soft]),
-        "drift": drift(tables["summary"], style),
+        "equal_csr": equal_csr(tables["equal_csr"], style),
+        "nats": nats(_read(results / "ceiling.csv"), style, runs),
+        "ablations": ablations(tables["ablations"], style, runs),
+        "capacity": capacity(tables["summary"], style, runs, target),
+        "violation": violation(tables["violation"], style),
     }
 
 
@@ -103,32 +110,89 @@ def save(figure: plt.Figure, folder: Path, name: str) -> None:
     plt.close(figure)
 
 
+# ---- what nats buy ----
+
+
+def kept(sampled: pd.DataFrame, runs: dict[str, Row], target: float) -> pd.DataFrame:
+    """Of each of the student's runs, at its own or another budget: its `method`, the `nats` within which a share
+    `target` of its completions stay, and its accuracy."""
+    methods = shown_as(runs)
+    grouped = sampled[sampled["run"].isin(methods)].groupby("run", sort=False)
+    table = pd.DataFrame({"nats": grouped["cost"].quantile(target), "accuracy": grouped["accurate"].mean()})
+    return table.assign(method=table.index.map(methods)).reset_index()
+
+
+def ceiling(table: pd.DataFrame, prices: pd.DataFrame, style: Style, budget: float, target: float) -> plt.Figure:
+    """Accuracy against nats: the ceiling of every method, both exact optima, and the trained students of `kept`."""
+    words = {"share": f"{100 * target:g} %"}
+    figure, panels = _panels("ceiling", words)
+    axes, lines = panels["accuracy"], TEXTS["ceiling"]["lines"]
+    axes.fill_between(prices["budget"], prices["low"], prices["high"], color="0.6", alpha=0.35, linewidth=0)
+    axes.fill_between(prices["budget"], prices["soft"], prices["budgeted"], color=PALETTE[8], alpha=0.3, linewidth=0)
+    for (name, text), dash in zip(lines.items(), ("-", "--", "--"), strict=True):
+        colour = STYLES[SOFT][0][0] if name == "soft" else "black"
+        axes.plot(prices["budget"], prices[name], dash, color=colour, linewidth=1.3, label=text.format_map(words))
+    _soft(axes, table.set_index("method"), "nats", "accuracy", style)
+    for run, look, own in _by_run(table, style, "method"):
+        own = own.sort_values("nats")
+        if run in TRACED:
+            options = {} if look.method in BUDGET_FREE else EDGE | {"linestyle": ":"}
+            _point(axes, run, look, own["nats"], own["accuracy"], zorder=4, **options)
+        elif look.method != SOFT:
+            axes.plot(own["nats"], own["accuracy"], "o", color="0.55", markersize=3, label="other methods")
+    axes.axvline(budget, **DASHED, zorder=1)
+    place = {"transform": axes.get_xaxis_transform(), "rotation": 90, "va": "bottom", "fontsize": "small"}
+    axes.text(1.02 * budget, 0.02, "the default budget", **place)
+    axes.set(xscale="log", xlim=(0.045, max(3, 1.15 * table["nats"].max())))
+    _logarithmic(axes.xaxis)
+    return _legend(figure, style)
+
+
+def nats(table: pd.DataFrame, style: Style, runs: dict[str, Row]) -> plt.Figure:
+    """How many of each run's nats bought accuracy, and how many nothing; the share of its ceiling beside the bar."""
+    shown = [run for run in style if run in set(table["run"]) and runs[run].family == "method" and run != "teacher"]
+    table = table.set_index("run").loc[shown]
+    figure, panels = _panels("nats", size=(7.6, 0.27 * len(shown) + 1.5))
+    axes, place = panels["nats"], np.arange(len(shown))
+    bars = {"height": 0.66, "edgecolor": "black", "linewidth": 0.5}
+    axes.barh(place, table["useful"], color=[style[run].colour for run in shown], **bars)
+    axes.barh(place, table["wasted"], left=table["useful"], color="white", hatch="////", **bars)
+    for at, (_, row) in zip(place, table.iterrows(), strict=True):
+        text = f"  {100 * row['accuracy']:.0f} % of at most {100 * row['ceiling']:.0f} %"
+        axes.text(row["cost"], at, text, va="center", fontsize="small")
+    axes.set_yticks(place, shown)
+    axes.set(ylim=(len(shown) - 0.4, -0.6), xlim=(0, 1.3 * table["cost"].max()))
+    axes.xaxis.set_major_locator(MaxNLocator(7))
+    axes.grid(axis="y", visible=False)
+    return figure
+
+
+def cost_distribution(sampled: pd.DataFrame, style: Style, budget: float, target: float) -> plt.Figure:
+    """The share of each run's completions that cost at most so much: its CSR at every budget."""
+    figure, panels = _panels("cost_distribution")
+    axes, shares = panels["csr"], np.linspace(0, 1, 401)
+    for place, (run, look, own) in enumerate(_by_run(sampled[sampled["cost"] > 0], style)):
+        line = {"linestyle": look.line, "marker": look.marker, "markevery": (20 + 7 * place % 60, 60), "ms": 5}
+        axes.plot(own["cost"].quantile(shares), shares, color=look.colour, linewidth=1.2, label=run, **line)
+    axes.axvline(budget, **DASHED, zorder=1)
+    axes.axhline(target, **DASHED, zorder=1)
+    axes.set(xscale="log", xlim=(0.02, None), ylim=(0, 1.01))
+    _logarithmic(axes.xaxis)
+    return _legend(figure, style)
+
+
 def cost_by_position(positions: pd.DataFrame, style: Style, budget: float) -> plt.Figure:
     """Cumulative cost as the completion is written: median and middle 80 % of trajectories, the budget drawn in."""
-    mean = positions.groupby(["run", "position"], sort=False).mean(numeric_only=True).reset_index()
-    palette = {run: look.colour for run, look in style.items()}
-    grid = sns.FacetGrid(mean, col="run", hue="run", col_wrap=3, height=2.1, palette=palette)
+    mean = positions.query("mean > 0").groupby(["run", "position"]).mean(numeric_only=True).reset_index()
+    colours = {run: look.colour for run, look, _ in _by_run(mean, style)}
+    grid = sns.FacetGrid(mean, col="run", col_order=[*colours], hue="run", palette=colours, col_wrap=5, height=1.75)
     grid.map(plt.fill_between, "position", "q10", "q90", alpha=0.25, linewidth=0)
     grid.map(plt.plot, "position", "q50", linewidth=1.8)
     grid.refline(y=budget, color="black")
-    grid.set_titles("{col_name}").set_axis_labels("position (tokens)", "cumulative cost (nats)")
-    heading = "Line: median. Shade: 10 to 90 % of trajectories. Dashed: the budget"
-    grid.figure.suptitle(heading, y=1.02, fontsize="medium")
+    grid.set_titles("{col_name}").set_axis_labels("position (tokens)", "nats")
+    heading = "Cumulative cost. Line: median. Shade: 10 to 90 % of trajectories. Dashed: the budget"
+    grid.figure.suptitle(heading, y=1.03, fontsize="medium")
     return grid.figure
-
-
-def cost_distribution(sampled: pd.DataFrame, style: Style, budget: float) -> plt.Figure:
-    """The spread of trajectories' costs, a box per run: quartiles, whiskers at 5 and 95 %."""
-    runs = list(sampled["run"].unique())
-    figure, axes = plt.subplots(figsize=(6.4, 0.42 * len(runs) + 1.2), layout="constrained")
-    boxes = {"whis": (5, 95), "showfliers": False, "width": 0.65, "legend": False, "order": runs, "hue_order": runs}
-    palette = [style[run].colour for run in runs]
-    sns.boxplot(sampled, x="cost", y="run", hue="run", palette=palette, log_scale=True, ax=axes, **boxes)
-    axes.axvline(budget, **DASHED)
-    axes.text(budget, 1, "budget", transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize="small")
-    _logarithmic(axes.xaxis)
-    axes.set(xlabel="cost (nats) of a trajectory: quartiles, whiskers 5 to 95 %", ylabel="")
-    return figure
 
 
 def training(curves: pd.DataFrame, style: Style) -> plt.Figure:
@@ -142,17 +206,17 @@ def training(curves: pd.DataFrame, style: Style) -> plt.Figure:
         every = (place * len(own) // (5 * count), max(1, len(own) // 5))  # no marker upon another
         for column, axes in panels.items():
             line = axes.plot(smooth[column], color=look.colour, linestyle=look.line, linewidth=1.3, label=run)[0]
-            line.set(marker=look.marker, markevery=every, ms=5.5, markeredgecolor="white", markeredgewidth=0.5)
+            line.set(marker=look.marker, markevery=every, ms=6, markeredgecolor="white", markeredgewidth=0.4)
     return _legend(figure, style)
 
 
 def token_ledger(ledger: pd.DataFrame, budget: float) -> plt.Figure:
     """One completion, token by token: its cost, and how the budget ran down (from `evaluation.ledger`)."""
-    size = (0.34 * len(ledger) + 1.5, 4.2)
+    size = (0.34 * len(ledger) + 2.5, 4.2)
     figure, (top, bottom) = plt.subplots(2, 1, figsize=size, sharex=True, layout="tight")
     place, left = range(len(ledger)), ledger["remaining"]
     top.bar(place, ledger["cost"], color=[PALETTE[3] if nats < 0 else PALETTE[0] for nats in left])
-    top.set_title("Blue: within the budget. Red: the budget is exhausted", loc="left", fontsize="medium")
+    top.set_title("blue: within the budget\nred: it is exhausted", loc="left", fontsize="medium")
     top.set(ylabel="cost (nats)")
     bottom.step(place, left, where="mid", color="black")
     bottom.axhline(0, **DASHED | {"color": PALETTE[3]})
@@ -161,32 +225,62 @@ def token_ledger(ledger: pd.DataFrame, budget: float) -> plt.Figure:
     return figure
 
 
+# ---- comparisons ----
+
+
 def frontier(table: pd.DataFrame, style: Style, target: float) -> plt.Figure:
-    """Accuracy against CSR, a panel per budget: the soft Lagrangians joined, runs trained for the budget ringed."""
-    budgets = sorted(table["budget"].unique())
-    titles = {budget: f"budget: {budget:g} {'nat' if budget == 1 else 'nats'}" for budget in budgets}
-    columns = {1: 1, 3: 3}.get(len(titles), 2)
-    size = (8.4, 2.7 * -(-len(titles) // columns) + 1.2)
-    figure, panels = _panels("frontier", panels=titles, columns=columns, size=size)
-    soft = [run for run, look in style.items() if look.method == "gkd-grpo"]
-    for budget, axes in panels.items():
-        part = table[table["budget"] == budget]
+    """Accuracy against CSR, a panel per budget: the soft Lagrangian's curve, runs trained for the budget ringed."""
+    budgets = {budget: f"budget: {budget:g} nats" for budget in sorted(table["budget"].unique())}
+    return _plane("frontier", table.assign(panel=table["budget"]), budgets, style, target)
+
+
+def capacity(summary: pd.DataFrame, style: Style, runs: dict[str, Row], target: float) -> plt.Figure:
+    """Accuracy against CSR at the default budget, a panel per student: one of a third of the parameters, the default
+    one, and the teacher distilled into itself."""
+    tuned = set(summary.loc[summary["family"] == "capacity", "tuned"])
+    shown = [name for name, row in runs.items() if row.tuned in tuned and not row.settings and name != "teacher"]
+    about = {"index": ["run", "tuned", "start"], "columns": "measure", "values": [*ENDS]}
+    table = summary[summary["run"].isin(shown)].pivot(**about)
+    table.columns = [measure + ENDS[end] for end, measure in table.columns]
+    table = table.reset_index().rename(columns={"tuned": "method", "start": "panel"})
+    table["trained_at"] = [None if runs[run].method in BUDGET_FREE else 1 for run in table["run"]]
+    panels = {start: TEXTS["capacity"]["starts"][start] for start in STARTS if start in {"student", *table["panel"]}}
+    return _plane("capacity", table, panels, style, target)
+
+
+def _plane(name: str, table: pd.DataFrame, titles: dict, style: Style, target: float) -> plt.Figure:
+    """Accuracy against CSR in the panels `titles` of column `panel`, a point per `method`."""
+    size = (max(7.4, 3.2 * len(titles) + 0.8), 4.8)
+    figure, panels = _panels(name, panels=titles, columns=len(titles), size=size)
+    for title in titles:
+        axes, part = panels[title], table[table["panel"] == title]
+        _soft(axes, part.set_index("method"), "csr", "accuracy", style)
         for run, look, own in _by_run(part, style, "method"):
-            x, y = (own[[name, f"{name}_low", f"{name}_high"]].T for name in ("csr", "accuracy"))
-            ringed = own["trained_at"].notna().all()
-            _point(axes, run, look, x, y, zorder=3 + ringed, **EDGE if ringed else {})
-        joined = part.set_index("method").reindex(soft).dropna(subset="csr")
-        axes.plot(joined["csr"], joined["accuracy"], color=PALETTE[0], linewidth=1.2)
-        axes.axvline(target, **DASHED, zorder=1, label=f"CSR of {target:.0%}")
+            if look.method != SOFT:
+                x, y = (own[[column, f"{column}_low", f"{column}_high"]].T for column in ("csr", "accuracy"))
+                ringed = own["trained_at"].notna().all()
+                _point(axes, run, look, x, y, zorder=3 + ringed, **EDGE if ringed else {})
+        axes.axvline(target, **DASHED, zorder=1, label=f"CSR of {100 * target:g} %")
         axes.set(xlabel="CSR (%)", ylabel="accuracy, sampled (%)" if axes.get_subplotspec().is_first_col() else "")
         _percent(axes.xaxis)
     return _legend(figure, style)
 
 
-def paired(table: pd.DataFrame, style: Style, soft: str) -> plt.Figure:
-    """Every run's difference to the soft Lagrangian `soft`, paired over seeds and prompts, a panel per measure."""
-    table = table[table["baseline"] == soft]
-    return _forest("paired", table, style, {run: run for run, *_ in _by_run(table, style)}, [*COMPARED], soft=soft)
+def equal_csr(table: pd.DataFrame, style: Style) -> plt.Figure:
+    """Each constrained method's accuracy minus the soft Lagrangian's at the same CSR, a panel per budget, with the CSR
+    at the right: hollow where it is stricter than every lambda, no point where it is looser."""
+    labels = [method for method in style if method in set(table["method"])]
+    budgets = {budget: f"trained for {budget:g} nats" for budget in sorted(table["budget"].unique())}
+    figure, panels = _forest("equal_csr", budgets, dict.fromkeys(labels), columns=len(budgets))
+    for budget, axes in panels.items():
+        for method, look, own in _by_run(table[table["budget"] == budget], style, "method"):
+            row, place = own.iloc[0], labels.index(method)
+            hollow = {"markerfacecolor": "white", "markeredgecolor": look.colour, "markeredgewidth": 1.4}
+            ends = 100 * own[["difference", "low", "high"]].T
+            _point(axes, method, look, ends, place, **hollow if row["place"] == "stricter" else EDGE)
+            text = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": "small", "color": "0.25"}
+            axes.text(1.02, place, f"{100 * row['csr']:.0f} %", **text)
+    return figure
 
 
 def ablations(table: pd.DataFrame, style: Style, runs: dict[str, Row]) -> plt.Figure:
@@ -196,79 +290,40 @@ def ablations(table: pd.DataFrame, style: Style, runs: dict[str, Row]) -> plt.Fi
         places[method] = len(labels)
         for run in (method, *own["run"].unique()):
             labels[run] = ", ".join(f"{key}: {value}" for key, value in runs[run].settings.items()) or run
-    figure = _forest("ablations", table, style, labels, ["csr", "accuracy_within"])
-    for axes, (method, place) in itertools.product(figure.axes, places.items()):
-        _point(axes, method, style[method], 0, place, markeredgecolor="black")
-        figure.axes[0].get_yticklabels()[place].set_fontweight("bold")
-    return figure
-
-
-def _forest(name: str, table: pd.DataFrame, style: Style, labels: dict, measures: list[str], **words) -> plt.Figure:
-    """Paired differences in points: a row per run of `labels`, empty if it has none, and a panel per measure."""
-    count, titles = len(measures), {measure: COMPARED[measure] for measure in measures}
-    size = (2.8 + 1.7 * count, 0.28 * len(labels) + 1.3)
-    figure, panels = _panels(name, words, panels=titles, columns=count, size=size)
+    figure, panels = _forest("ablations", {name: COMPARED[name] for name in ("accuracy", "csr")}, labels, columns=2)
     for measure, axes in panels.items():
         for run, look, own in _by_run(table[table["measure"] == measure], style):
-            _point(axes, run, look, 100 * own[["difference", "low", "high"]].T, [*labels].index(run), markersize=6.5)
-        axes.axvline(0, color="black", linewidth=1, zorder=1)
-        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-        axes.grid(axis="y", linewidth=0.4)
-    axes.set_yticks(range(len(labels)), labels.values())
-    axes.set_ylim(len(labels) - 0.3, -0.7)
+            _point(axes, run, look, 100 * own[["difference", "low", "high"]].T, [*labels].index(run))
+        for method, place in places.items():
+            _point(axes, method, style[method], 0, place, markeredgecolor="black")
+            figure.axes[0].get_yticklabels()[place].set_fontweight("bold")
     return figure
 
 
-def sensitivity(table: pd.DataFrame) -> plt.Figure:
-    """Each method's measures by lambda; strengths near its best accuracy within the budget have a black edge."""
-    strengths = table.groupby("method")["lam"].nunique()
-    methods = {method: method for method in STYLES if strengths.get(method, 0) > 1}  # one strength has no range
-    figure, panels = _panels("sensitivity", panels=methods or {"": ""}, columns=len(methods) or 1)
-    panels[next(iter(panels))].set_ylabel("%")
-    for method in methods:
-        axes, look = panels[method], Look(*STYLES[method][len(STYLES[method]) // 2], "-", method)
-        part = table[table["method"] == method].sort_values("lam").set_index("measure")
-        for measure, dash, colour in (("csr", "--", "0.35"), ("accuracy", ":", "0.35"), ("accuracy_within", "-", None)):
-            own = part.loc[measure]
-            line = {"linestyle": dash, "color": colour or look.colour, "linewidth": 1.2 if colour else 1.8}
-            axes.plot(own["lam"], own["mean"], label=COMPARED[measure], **line)
-        for near, points in own.groupby("near_best"):
-            _point(axes, None, look, points["lam"], points[ENDS].T, **EDGE if near else {})
-        axes.set(xscale="log", xlabel="λ")
-        axes.margins(x=0.09)
-        _logarithmic(axes.xaxis, own["lam"])
-    return _legend(figure, {})
+def _forest(name: str, titles: dict, labels: dict, columns: int) -> tuple[plt.Figure, dict[str, plt.Axes]]:
+    """Panels of differences in points, with a row per run of `labels` (its own name where it has none)."""
+    size = (2.4 + 2.2 * columns, 0.3 * len(labels) + 1.5)
+    figure, panels = _panels(name, panels=titles, columns=columns, size=size)
+    for axes in panels.values():
+        axes.axvline(0, color="black", linewidth=1, zorder=1)
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axes.grid(axis="y", linewidth=0.4)
+        axes.set_yticks(range(len(labels)), [label or run for run, label in labels.items()])
+        axes.set_ylim(len(labels) - 0.3, -0.7)
+    return figure, panels
 
 
-def capacity(table: pd.DataFrame, style: Style) -> plt.Figure:
-    """Accuracy and CSR of students with a tenth, three tenths, half and all of the teacher's parameters."""
-    runs = set(table.loc[table["family"] == "capacity", "tuned"])
-    teacher = table[(table["start"] == "teacher") & (table["measure"] == "accuracy")]["mean"]
-    table = table[table["tuned"].isin(runs) & table["family"].isin(["method", "capacity"])]
-    table = table.assign(capacity=table["start"].map(CAPACITIES)).dropna(subset="capacity").sort_values("capacity")
-    figure, panels = _panels("capacity")
-    for measure, axes in panels.items():
-        for place, (run, look, own) in enumerate(_by_run(table[table["measure"] == measure], style, "tuned")):
-            at = own["capacity"] * 1.035 ** (place - (len(runs) - 1) / 2)  # side by side
-            _point(axes, run, look, at, own[ENDS].T, linestyle=look.line)
-        axes.set_xscale("log")
-        _logarithmic(axes.xaxis, list(CAPACITIES.values()))
-    for accuracy in teacher:
-        panels["accuracy"].axhline(accuracy, color="black", linestyle=":", label="the teacher")
-    return _legend(figure, style)
-
-
-def violation(table: pd.DataFrame, style: Style, traced: list[str]) -> plt.Figure:
-    """Accuracy, validity and confidence of completions by how much of the budget they spent, a line per run; a bin of
-    fewer than `FEW` completions is left out."""
-    table = table[table["count"] >= FEW].sort_values("low")
-    bins, shown = list(table["bin"].unique()), [run for run in style if run in traced and run in set(table["run"])]
+def violation(table: pd.DataFrame, style: Style) -> plt.Figure:
+    """Accuracy of completions by how much of the budget they spent, and how many spent so much, a line per run; a bin
+    of fewer than `FEW` completions has no accuracy."""
+    table = table.sort_values("low").assign(share=table["count"] / table.groupby("run")["count"].transform("sum"))
+    bins, shown = list(table["bin"].unique()), [run for run in style if run in TRACED and run in set(table["run"])]
     figure, panels = _panels("violation")
-    panels["validity"].sharey(panels["accuracy"])
     for (run, look, own), (column, axes) in itertools.product(_by_run(table, style), panels.items()):
+        own = own[own["count"] >= FEW] if column == "accuracy" else own
         at = own["bin"].map(bins.index)
         if run in shown:
-            at = at + 0.1 * (shown.index(run) - (len(shown) - 1) / 2)  # side by side
+            at = at + 0.09 * (shown.index(run) - (len(shown) - 1) / 2)  # side by side
             _point(axes, run, look, at, own[column], linestyle=look.line, markersize=5, linewidth=1)
         else:
             axes.plot(at, own[column], color="0.75", linewidth=0.8, zorder=1, label="other methods")
@@ -278,18 +333,7 @@ def violation(table: pd.DataFrame, style: Style, traced: list[str]) -> plt.Figur
     return _legend(figure, style)
 
 
-def drift(table: pd.DataFrame, style: Style) -> plt.Figure:
-    """What goes with the distance from the teacher: a point per run, against its mean cost; methods large."""
-    table = table[table["start"].isin(["student", "teacher"])]
-    cost = table[table["measure"] == "cost"].set_index("run")["mean"]
-    figure, panels = _panels("drift")
-    for measure, axes in panels.items():
-        for run, look, own in _by_run(table[table["measure"] == measure], style):
-            large = own["family"].iloc[0] == "method"
-            options = {"label": run, "zorder": 3} if large else {"label": None, "markersize": 4.5, "alpha": 0.45}
-            _point(axes, run, look, own["run"].map(cost), own[ENDS if large else "mean"].T, **options)
-        axes.set_xlabel("cost (nats)" if axes.get_subplotspec().is_last_row() else "")
-    return _legend(figure, style)
+# ---- drawing ----
 
 
 def _by_run(table: pd.DataFrame, style: Style, column: str = "run") -> Iterator[tuple[str, Look, pd.DataFrame]]:
@@ -301,20 +345,27 @@ def _by_run(table: pd.DataFrame, style: Style, column: str = "run") -> Iterator[
 def _panels(name: str, words: dict | None = None, **changes) -> tuple[plt.Figure, dict[str, plt.Axes]]:
     """The figure `name` of plots.yaml, with `changes` to what stands there and `words` in it, and its panels, of shares
     in per cent."""
-    about = {"below": "", "share": {}} | TEXTS[name] | changes
+    about = {"below": "", "share": {}, "columns": 1} | TEXTS[name] | changes
     titles, columns = about["panels"], about["columns"]
     shape = {"nrows": -(-len(titles) // columns), "ncols": columns, "figsize": about["size"], "squeeze": False}
     figure, grid = plt.subplots(**shape, **about["share"], layout="constrained")
     figure.suptitle(about["question"].format_map(words or {}), x=0.01, ha="left", fontweight="bold", fontsize="medium")
     figure.supxlabel(about["below"].format_map(words or {}), fontsize="medium")
     figure.get_layout_engine().set(h_pad=0.07)
-    for axes in grid.flat[len(titles) :]:
-        axes.remove()
-    panels = dict(zip(titles, grid.flat, strict=False))
+    panels = dict(zip(titles, grid.flat, strict=True))
     for shown, axes in panels.items():
         axes.set_title(titles[shown], loc="left", fontsize="medium")
         _percent(axes.yaxis)
     return figure, panels
+
+
+def _soft(axes: plt.Axes, table: pd.DataFrame, x: str, y: str, style: Style) -> None:
+    """The soft Lagrangians of `table`, joined in the order of lambda."""
+    soft = table.loc[[run for run, look in style.items() if look.method == SOFT and run in table.index]]
+    label = f"soft Lagrangian, {len(soft)} λ (dark: large)"
+    axes.plot(soft[x], soft[y], color=STYLES[SOFT][0][0], linewidth=1.2, label=label if len(soft) else None)
+    for run, row in soft.iterrows():
+        _point(axes, None, style[run], row[x], row[y], zorder=3, markersize=6)
 
 
 def _point(axes: plt.Axes, run: str | None, look: Look, x, y, **options) -> None:
@@ -337,8 +388,9 @@ def _legend(figure: plt.Figure, style: Style) -> plt.Figure:
     found = {}
     for axes in reversed(figure.axes):
         found |= {name: handle for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-    found = {name: found[name] for name in sorted(found, key=[*style, *found].index)}
-    place = {"loc": "outside right center"} if len(found) < 11 else {"loc": "outside lower center", "ncols": 5}
+    lines = [name for name in found if name not in style]
+    found = {name: found[name] for name in (*lines, *style) if name in found}
+    place = {"loc": "outside right center"} if len(found) < 13 else {"loc": "outside lower center", "ncols": 5}
     figure.legend(found.values(), found.keys(), frameon=False, **place)
     return figure
 
@@ -349,8 +401,8 @@ def _percent(axis) -> None:
     axis.set_major_formatter(lambda value, _: f"{100 * value:.4g}")
 
 
-def _logarithmic(axis, ticks=None) -> None:
-    """Ticks of a log axis in plain figures, by default at 1, 2 and 5 times each power of ten."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if ticks is None else FixedLocator(ticks))
+def _logarithmic(axis) -> None:
+    """Ticks of a log axis in plain figures, at 1, 2 and 5 times each power of ten."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter("{x:g}")

@@ -9,12 +9,13 @@ import pandas as pd
 
 from cmdp.storage import read_yaml, write_text
 from replication.experiments import RESULTS, gather, rows
-from replication.tables import COMPARED
 from replication.theory import OURS
 from replication.theory.tables import percent, sampled_learners
 
 COLUMNS = {"accuracy": "accuracy (%)", "csr": "CSR (%)", "accuracy_within": "accuracy within budget (%)"}
 COLUMNS |= {"greedy_accuracy": "greedy accuracy (%)", "cost": "mean cost (nats)"}
+DIGITS = {"cost": 2, "kl_per_token": 3}  # after the point; else 1
+CONTESTS = {"measured": "this one, as trained", "design": "this one, as designed", "careful": "a careful teacher"}
 
 
 def fill_all(results: Path = RESULTS) -> None:
@@ -50,6 +51,16 @@ def cell(row: pd.Series, scale: int = 100, digits: int = 1) -> str:
     return f"{mean} [{low}, {high}]"
 
 
+def compared(row: pd.Series, before: str = "") -> str:
+    """A difference of shares in points with its interval: `+4.5 [+2.9, +6.1]`; the columns begin with `before`."""
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * row[f"{before}{end}"] for end in ("difference", "low", "high")))
+
+
+def percents(row: pd.Series, *names) -> list[str]:
+    """Shares in per cent."""
+    return [f"{100 * row[name]:z.1f}" for name in names]
+
+
 def wide(table: pd.DataFrame, index: str, columns: str, value: str = "mean") -> pd.DataFrame:
     """A long table of shares laid out for reading, in its own order: per cent, with intervals in brackets."""
     shown = table.assign(mean=table[value]).apply(cell, axis=1)
@@ -60,7 +71,7 @@ def wide(table: pd.DataFrame, index: str, columns: str, value: str = "mean") -> 
 def measures_table(summary: pd.DataFrame, columns: dict[str, str], before: tuple[str, ...] = ()) -> str:
     """A row per run: its `before` columns, and each measure of `columns` with its interval, or - where it has none."""
     shown = summary[summary["measure"].isin(columns)].copy()
-    units = [(100 if "%" in columns[name] else 1, 3 if name == "kl_per_token" else 1) for name in shown["measure"]]
+    units = [(100 if "%" in columns[name] else 1, DIGITS.get(name, 1)) for name in shown["measure"]]
     shown["shown"] = [cell(row, *unit) for (_, row), unit in zip(shown.iterrows(), units, strict=True)]
     wide = shown.pivot(index="run", columns="measure", values="shown").reindex(columns=columns).fillna("-")
     wide = shown.groupby("run", sort=False)[list(before)].first().astype(str).join(wide)
@@ -80,6 +91,18 @@ def default_table(results: Path) -> str:
     return f"{table} The student has {sizes['sft']:,} parameters, the teacher {sizes['teacher']:,}."
 
 
+def gain_table(results: Path) -> str:
+    """Our constrained method at each budget: what it gained over the soft Lagrangian, and what there was to gain."""
+    ours, table = read_yaml(results / "chosen.yaml")["best"]["ours"], pd.read_csv(results / "study" / "equal_csr.csv")
+    exact = pd.read_csv(results / "contest.csv").query("experiment == 'measured'").set_index("budget")["gap"]
+    lines = [
+        [f"{row['budget']:g} nats", *percents(row, "csr", "accuracy"), compared(row), *percents(exact, row["budget"])]
+        for _, row in table[table["method"] == ours].sort_values("budget").iterrows()
+    ]
+    columns = ["CSR (%)", "accuracy (%)", "points more than the soft Lagrangian at that CSR", "points to be won, exact"]
+    return markdown([f"`{ours}` within", *columns], lines)
+
+
 def claims_table(results: Path, columns: tuple[str, ...] = ("evidence", "conditions")) -> str:
     """The claims with their verdicts, and with `columns` of results/claims.csv."""
     claims = pd.read_csv(results / "claims.csv")[["id", "claim", "published", "verdict", *columns]]
@@ -89,21 +112,31 @@ def claims_table(results: Path, columns: tuple[str, ...] = ("evidence", "conditi
 
 def study_table(results: Path) -> str:
     """Every method of the study: a row per run, mean with its 95 % interval."""
-    summary, default = (pd.read_csv(results / name) for name in ("study/summary.csv", "summary.csv"))
-    methods = summary[summary["family"] == "method"]
-    greedy = default[(default["measure"] == "greedy_accuracy") & default["run"].isin(methods["run"])]
-    columns = COLUMNS | {"greedy_accuracy": "greedy accuracy (%; default seeds)", "validity": "every step valid (%)"}
-    columns |= {"lucky": "correct by invalid steps (%)", "longer_accuracy": "accuracy on longer problems (%)"}
-    return measures_table(pd.concat([methods, greedy]), columns, ("seeds",))
+    summary = pd.read_csv(results / "study" / "summary.csv")
+    return measures_table(summary[summary["family"] == "method"], COLUMNS, ("seeds",))
 
 
-def paired_table(results: Path) -> str:
-    """Every run minus the soft Lagrangian that did best on validation prompts, in points."""
-    soft = read_yaml(results / "chosen.yaml")["best"]["soft"]
-    table, lines = pd.read_csv(results / "study" / "paired.csv").query("baseline == @soft"), {}
-    for run, *ends in table[["run", "difference", "low", "high"]].itertuples(index=False):
-        lines.setdefault(run, [run]).append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * end for end in ends)))
-    return markdown([f"points more than {soft}", *COMPARED.values()], [*lines.values()])
+def contest_table(results: Path) -> str:
+    """What a constraint on trajectories can add, exactly: a row per experiment and budget."""
+    table, shares = pd.read_csv(results / "contest.csv"), ["teacher", "ceiling", "budgeted", "soft", "gap"]
+    lines = [
+        [CONTESTS.get(row["experiment"], row["experiment"]), f"{row['budget']:g}", *percents(row, *shares)]
+        for _, row in table.iterrows()
+    ]
+    columns = ["teacher (%)", "ceiling (%)", "budgeted optimum (%)", "best soft Lagrangian (%)", "gap (points)"]
+    return markdown(["experiment", "budget (nats)", *columns], lines)
+
+
+def equal_table(results: Path) -> str:
+    """Each constrained method at each budget against the soft Lagrangian's curve, and against its best lambda."""
+    lines = []
+    for _, row in pd.read_csv(results / "study" / "equal_csr.csv").sort_values("budget", kind="stable").iterrows():
+        lam = "-" if pd.isna(row["soft_lambda"]) else f"{compared(row, 'target_')} (λ = {row['soft_lambda']:g})"
+        more = "looser than every λ" if row["place"] == "looser" else compared(row)
+        more += ", stricter than every λ" * (row["place"] == "stricter")
+        lines.append([row["method"], f"{row['budget']:g}", *percents(row, "accuracy", "csr"), more, lam])
+    columns = ["accuracy (%)", "CSR (%)", "points more than soft at its CSR", "than the best λ that keeps 95 %"]
+    return markdown(["method", "budget (nats)", *columns], lines)
 
 
 def theory_table(results: Path) -> str:
@@ -147,8 +180,8 @@ def laptop_table(results: Path) -> str:
 
 
 FILES: dict[str, dict[str, Callable[[Path], str]]] = {
-    "README.md": {"results": default_table, "verdicts": partial(claims_table, columns=())},
-    "docs/study.md": {"study": study_table, "paired": paired_table, "claims": claims_table},
+    "README.md": {"gain": gain_table, "results": default_table, "verdicts": partial(claims_table, columns=())},
+    "docs/study.md": dict(contest=contest_table, study=study_table, equal=equal_table, claims=claims_table),
     "docs/theory.md": {"theory": theory_table},
     "docs/models.md": {"laptop": laptop_table},
 }
