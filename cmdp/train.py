@@ -344,6 +344,8 @@ def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -
             tokenizer.save_pretrained(unfinished)
             storage.write_table(pd.DataFrame(log or {"step": []}), unfinished / TRAINING)
             storage.write_json(record, unfinished / RECORD)
+            if (checkpoints / "runs").is_dir():  # TensorBoard's
+                (checkpoints / "runs").rename(unfinished / "runs")
         storage.drop(checkpoints)
     return folder
 
