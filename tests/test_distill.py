@@ -112,7 +112,7 @@ def test_keys_come_from_a_file_and_the_command_line_wins(own):
         ("--reward rewards.py:ends --method ppo", "There is no method 'ppo'"),
         ("--reward rewards.py:ends --budget -1", "budget must be 0 nats or more"),
         ("--reward rewards.py:ends --max_stepz 3", "There is no --max_stepz"),
-        ("--reward rewards.py:ends --learning_rate fast", "learning_rate: invalid float value"),
+        ("--reward rewards.py:ends --learning_rate fast", "learning-rate: invalid float value: .fast"),
         ("--reward rewards.py:ends --report_to abacus", "report_to knows no tracker 'abacus'"),
         ("--reward rewards.py:ends --report_to swanlab", "swanlab is not installed: pip install swanlab"),
         ("--reward rewards.py:ends --use_cpu false", "use_cpu=false asks for a GPU and PyTorch finds none"),

@@ -16,7 +16,8 @@ INSTRUCTION = "Solve the problem step by step, and put your final answer within 
 def parse(row: dict) -> dict[str, str]:
     """`answer`, the row's own or the last box of its `solution`, and `solution`. Raises `ValueError` if it has none."""
     solution = str(row.get("solution") or "")
-    answer = row.get("answer") or (answers.extract(solution) if re.search(r"\\boxed|\\fbox", solution) else None)
+    answer = answers.extract(solution) if re.search(r"\\boxed|\\fbox", solution) else None
+    answer = answer if row.get("answer") in (None, "") else str(row["answer"])
     if not answer:
         raise ValueError(f"its solution has no answer in \\boxed{{}}: {solution[-80:]!r} (columns: {', '.join(row)})")
-    return {"answer": answers.tidy(str(answer)), "solution": solution.strip()}
+    return {"answer": answers.tidy(answer), "solution": solution.strip()}
