@@ -59,7 +59,7 @@ def interval(
 
 def summarise(completions: pd.DataFrame, budget: float, budget_form: str = "total") -> pd.DataFrame:
     """One row per run and measure: `run`, `measure`, `mean`, `low`, `high`, `seeds`. Without greedy rows there is
-    no greedy accuracy.
+    no greedy accuracy, and without valid steps no validity.
 
     Args:
         completions: the tables of all runs, with columns `run` and `seed`.
@@ -81,7 +81,7 @@ def summarise(completions: pd.DataFrame, budget: float, budget_form: str = "tota
             "truncated": (sampled, "truncated"),
         }
         for measure, (table, column) in measures.items():
-            if table.empty:
+            if table[column].isna().all():  # no such completions, or not defined for the task
                 continue
             mean, low, high = interval(cells(table, column))
             rows.append((run, measure, mean, low, high, group["seed"].nunique()))
