@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
+from cmdp.storage import named
+
 NAMES = ("arithmetic", "gsm", "competition_math")
 
 
@@ -50,15 +52,11 @@ def read(source: str | Path, split: str, hub: Mapping[str, tuple], fields: tuple
     if str(source) in hub and not path.exists():
         from datasets import load_dataset
 
-        try:
+        fault = f"is neither cached nor reachable on the Hub: unset HF_HUB_OFFLINE, or give a folder with {names[0]}"
+        with named(source, fault, FileNotFoundError):
             rows = [row for name in hub[str(source)] for row in load_dataset(str(source), name, split=split)]
-        except (OSError, ValueError) as error:  # offline and not cached, or no connection
-            raise FileNotFoundError(
-                f"{source} is neither cached nor reachable on the Hub ({type(error).__name__}): unset HF_HUB_OFFLINE "
-                f"to download it, or give a folder with {split}.jsonl or {split}.parquet."
-            ) from error
     elif files:
-        try:
+        with named(files[0], "is neither JSONL, one problem per line, nor parquet", ValueError):
             if files[0].suffix == ".parquet":
                 from pyarrow.parquet import read_table
 
@@ -66,8 +64,6 @@ def read(source: str | Path, split: str, hub: Mapping[str, tuple], fields: tuple
             else:
                 lines = files[0].read_text(encoding="utf-8").split("\n")
                 rows = [json.loads(line) for line in lines if line.strip()]
-        except ValueError as error:  # neither UTF-8 nor JSON, or no parquet
-            raise ValueError(f"{files[0]} is neither JSONL, one problem per line, nor parquet: {error}") from error
     else:
         raise FileNotFoundError(f"No problems at {path}: give {', '.join(names)} or one of {', '.join(hub)}.")
     for index, row in enumerate(rows, 1):
