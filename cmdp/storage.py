@@ -43,13 +43,13 @@ def read_yaml(path: Path, *overrides: str) -> dict:
 def read(path: Path, **options) -> dict | pd.DataFrame:
     """A file of a JSON object, or of CSV (by `pd.read_csv`). Raises `ValueError`, with its name, if it is damaged."""
     with named(path, "cannot be read", ValueError):
-        return pd.read_csv(path, **options) if path.suffix == ".csv" else dict(json.loads(path.read_bytes()))
+        return dict(json.loads(path.read_bytes())) if path.suffix == ".json" else pd.read_csv(path, **options)
 
 
 def check_names(*names: str) -> None:
     """Raise `ValueError` for a name that would be no part of a path, or lead out of its folder."""
-    if wrong := [name for name in names if not re.fullmatch("[a-z0-9][a-z0-9.-]*", str(name))]:
-        raise ValueError(f"{wrong[0]!r} is no name: use small letters, digits, points and hyphens.")
+    if wrong := [name for name in names if not re.fullmatch("[a-z0-9][a-z0-9.-]{0,99}", str(name))]:
+        raise ValueError(f"{wrong[0]!r} is no name: use small letters, digits, points and hyphens, 100 at most.")
 
 
 @contextlib.contextmanager
