@@ -42,7 +42,8 @@ def export(run: Path, target: Path, merge: bool = False) -> None:
         raise ValueError("An adapter over a GGUF file cannot be loaded by itself: export it merged (--merge).")
     if alone and not local and not hub_id(base.model) and "/" in base.model:
         raise FileNotFoundError(f"There is no base model at {base.model}: export where the student was trained.")
-    with whole(target) as folder:
+    model = merged(run, base) if adapter and merge else None
+    with whole(target) as folder, named(target):
         for file in (file for pattern in COPIED for file in run.glob(pattern)):
             if file.name != RECORD and (alone or file.name not in ADAPTER):
                 shutil.copyfile(file, folder / file.name)
@@ -51,9 +52,7 @@ def export(run: Path, target: Path, merge: bool = False) -> None:
             config = read(run / ADAPTER[0])
             write_json(config | {"base_model_name_or_path": path, "revision": base.revision}, folder / ADAPTER[0])
         elif adapter:
-            model = merged(run, base)
-            with named(target):
-                model.save_pretrained(folder)
+            model.save_pretrained(folder)
         card(target.name, record, base.model, alone).save(folder / "README.md")
 
 

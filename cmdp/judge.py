@@ -86,9 +86,7 @@ def judge(a: pd.DataFrame, b: pd.DataFrame, endpoint: Endpoint, template: str, f
 
 
 def read_completions(path: Path) -> pd.DataFrame:
-    """A table of completions, all text. Raises `FileNotFoundError`, or `ValueError` for a missing column."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no table of completions at {path}.")
+    """A table of completions, all text. Raises `ValueError` for a missing or damaged file, or a missing column."""
     table = read(Path(path), dtype=str, keep_default_na=False)
     if missing := [column for column in ("prompt", "completion") if column not in table]:
         raise ValueError(f"{path} has no column {' and no column '.join(missing)}: it has {', '.join(table)}.")

@@ -219,7 +219,7 @@ def prune(source: str, without: list[int], target: Path) -> tuple[int, int]:
     if getattr(config, "layer_types", None):  # one entry a layer, where kinds of attention take turns
         config.layer_types = [config.layer_types[place] for place in kept]
     config.num_hidden_layers = len(kept)
-    with whole(target) as folder:
+    with whole(target) as folder, named(target):
         model.save_pretrained(folder)
         load_tokenizer(spec).save_pretrained(folder)
     return before, model.num_parameters()

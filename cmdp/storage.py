@@ -21,12 +21,8 @@ LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "
 
 
 def read_yaml(path: Path, *overrides: str) -> dict:
-    """The mapping in a YAML file; `overrides` such as "train.max_steps=5" take the place of what it says.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no mapping, or an override is malformed.
-    """
+    """The mapping in a YAML file; `overrides` such as "train.max_steps=5" take the place of what it says. Raises
+    `FileNotFoundError`, or `ValueError` where the file is no mapping or an override is malformed."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path} in {Path.cwd()}.")
     with named(" ".join([str(path), *overrides]), "cannot be read", ValueError):
@@ -179,8 +175,6 @@ def provenance() -> dict:
 
 def processor() -> str:
     """The name of this machine's processor."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+    with contextlib.suppress(OSError, TypeError):  # elsewhere than on Linux, or unnamed
+        return re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
     return platform.processor() or platform.machine()
