@@ -109,7 +109,7 @@ def pick_dtype(device: torch.device) -> torch.dtype:
 
 def load_base(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The weights that `spec` names, in `dtype` or 4 bits, without its adapter. Raises `FileNotFoundError` if there is
-    no such model, `ValueError` if its weight files lack tensors."""
+    no such model, `ValueError` if its weight files are damaged or lack tensors."""
     where = spec.where()
     if "gguf_file" in where:
         with named(spec.model, "cannot be read", ValueError):

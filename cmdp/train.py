@@ -260,6 +260,7 @@ def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -
 
     if run not in experiment.runs:
         raise ValueError(f"The experiment {experiment.name} has no run {run!r}. It has: {', '.join(experiment.runs)}.")
+    storage.check_names(str(seed))
     method, settings = experiment.runs[run]["method"], experiment.settings(run, seed)
     folder, use_cpu = experiment.folder(run, seed), settings.get("use_cpu", False)
     specs, name = (experiment.student, experiment.teacher), f"{experiment.name}/{run}/{seed}"

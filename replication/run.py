@@ -115,6 +115,7 @@ def _measured(planned: Experiment, key: str, seed: int, compact: bool) -> dict[s
 def trial(name: str) -> None:
     """Train the trials of one entry of tuning, and measure them on validation prompts: results/tuning/NAME.csv."""
     (tuning,), (task, budget) = sections(EXPERIMENTS, "tuning"), sections(PARAMS, "task", "budget")
+    storage.check_names(name)
     if name not in tuning["trials"]:
         raise ValueError(f"{EXPERIMENTS} has no trials of {name!r}. It has: {', '.join(tuning['trials'])}.")
     method, grid = tuning["trials"][name]["method"], tuning["trials"][name]["grid"]

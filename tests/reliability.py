@@ -420,6 +420,7 @@ def names(base: Path, every: int) -> Found:
         "part": lambda name: {"runs": {"dual": {"method": "dual", "seeds": [0], "part": name}}},
         "start": lambda name: {"runs": {"dual": {"method": "dual", "seeds": [0], "start": name}}},
         "trial": lambda name: {"tuning": {"seeds": [0], "trials": {name: {"method": "cmdp", "grid": [{}]}}}},
+        "seed": lambda name: {"runs": {"dual": {"method": "dual", "seeds": [name]}}},
         "profile": lambda name: {"runs": {name: {"method": "cmdp"}}},
     }
     for (place, content), name in itertools.islice(itertools.product(places.items(), NAMES), 0, None, every):
