@@ -17,7 +17,7 @@ import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from cmdp.storage import whole
+from cmdp.storage import named, whole
 
 LORA = {"r": 16, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear"}
 
@@ -110,10 +110,11 @@ def pick_dtype(device: torch.device) -> torch.dtype:
 
 def load_base(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The weights that `spec` names, in `dtype` or 4 bits, without its adapter. Raises `FileNotFoundError` if there is
-    no such model, `ValueError` if its weight files lack tensors."""
+    no such model, `ValueError` if its weight files are damaged or lack tensors."""
     where = spec.where()
     if "gguf_file" in where:
-        return _load_gguf(where, dtype).to(device)
+        with named(spec.model, "cannot be read", ValueError):
+            return _load_gguf(where, dtype).to(device)
     options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     if spec.four_bit:
         nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
@@ -140,6 +141,8 @@ def load_tokenizer(source: str | Path | ModelSpec) -> PreTrainedTokenizerBase:
     tokenizer = _found(_spec(source), transformers.AutoTokenizer, padding_side="left")
     if tokenizer.pad_token is None:  # Llama's
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.eos_token is None:
+        raise ValueError(f"The tokenizer of {_spec(source).model} names no token that ends a text (eos_token).")
     return tokenizer
 
 
@@ -302,7 +305,7 @@ def prune(source: str, without: list[int], target: Path) -> tuple[int, int]:
     if getattr(config, "layer_types", None):  # one entry a layer, where kinds of attention take turns
         config.layer_types = [config.layer_types[place] for place in kept]
     config.num_hidden_layers = len(kept)
-    with whole(target) as folder:
+    with whole(target) as folder, named(target):
         model.save_pretrained(folder)
         load_tokenizer(spec).save_pretrained(folder)
     return before, model.num_parameters()
@@ -313,10 +316,7 @@ def _load_gguf(where: dict, dtype: torch.dtype) -> PreTrainedModel:
     options = {}
     if hasattr(transformers, "GgufConfig"):  # earlier releases unpack the weights without being told to
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(**where, **options, dtype=dtype)
-    except ImportError as error:
-        raise ValueError("Reading a GGUF file needs the package gguf: `pip install gguf`.") from error
+    loaded = AutoModelForCausalLM.from_pretrained(**where, **options, dtype=dtype)
     config = copy.deepcopy(loaded.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -335,7 +335,9 @@ def _found(spec: ModelSpec, kind, **options):
     """What `kind.from_pretrained` loads of a spec's model, with one line for a model that is not there."""
     try:
         return kind.from_pretrained(**spec.where(), trust_remote_code=False, **options)
-    except OSError as error:
+    except Exception as error:
+        if Path(spec.model).exists() or not isinstance(error, OSError):
+            raise ValueError(f"{spec.model} cannot be read: {' '.join(str(error).split())}") from error
         hint = "HF_HUB_OFFLINE is set: unset it to download it" if offline() else str(error).partition("\n")[0]
         raise FileNotFoundError(f"There is no local folder {spec.model}, nor a model of this name: {hint}.") from error
 
@@ -346,7 +348,8 @@ def _with_adapter(model: PreTrainedModel, source: str, **options):
 
     if Path(source).is_dir() and not (Path(source) / "adapter_model.safetensors").is_file():
         raise FileNotFoundError(f"There is no adapter_model.safetensors in {source}: name a PEFT adapter's folder.")
-    return PeftModel.from_pretrained(model, source, local_files_only=offline(), **options)
+    with named(source, "cannot be read", ValueError):
+        return PeftModel.from_pretrained(model, source, local_files_only=offline(), **options)
 
 
 def _spec(source: str | Path | ModelSpec) -> ModelSpec:
