@@ -37,6 +37,39 @@ def evaluate(folder: Path, **changes) -> None:
     print(cmdp.train.evaluate(folder, **changes).drop(columns="seeds").to_string(index=False))
 
 
+def ceiling(folder: Path | None, prompts: int, samples: int, split: str | None, words: list[str]) -> None:
+    """What a budget can buy: the accuracy that no method exceeds at a cost, from the teacher's samples, and where the
+    student's nats go. For a trained student's folder, or before training with the keys of `cmdp distill`."""
+    from importlib.util import find_spec
+
+    from cmdp import ceiling, distill, storage, train
+    from cmdp.models import load_pair
+
+    if folder:
+        changes = {"prompts": prompts, "samples": samples, "split": split}
+        experiment, run, seed = train.trained(folder, **changes)
+        pair, name = train.load_trained(experiment, run, seed, folder), f"ceiling-{run}-{seed}"
+    else:
+        experiment = distill.experiment(*distill.parse(["--budget", "inf", *words]))
+        experiment.evaluate = train.Evaluation(prompts, samples, experiment.evaluate.batch_size, split or "train")
+        pair, name = (
+            load_pair(experiment.student, experiment.teacher, experiment.train.get("use_cpu", False)),
+            "ceiling",
+        )
+    prices, found = ceiling.measured(experiment, pair)
+    path = train.RESULTS / experiment.name / f"{name}.csv"
+    storage.write_table(prices, path)
+    storage.write_json(found, path.with_suffix(".json"))
+    print(prices.to_string(index=False, float_format="{:.3f}".format))
+    print("  ".join(f"{key} {value:.3f}" for key, value in found.items()), "(accuracies, and nats per completion)")
+    print(
+        f"A budget of {ceiling.suggest(prices):g} nats buys {ceiling.BOUGHT:.0%} of what {prices['budget'].max():g} do."
+    )
+    if find_spec("matplotlib"):
+        ceiling.draw(prices, found, path.with_suffix(".png"))
+    print(f"{path}, .json{' and .png' if find_spec('matplotlib') else ' (pip install matplotlib draws a figure)'}")
+
+
 def memory(config: Path, overrides: list[str]) -> None:
     """Sum up what training takes in memory, from the models' configurations alone."""
     from cmdp.train import fit, read
@@ -78,7 +111,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' own, to one another
     parser, add = argparse.ArgumentParser(prog="cmdp", description=__doc__), {}
     commands = parser.add_subparsers(required=True, metavar="command", dest="command")
-    functions = {function.__name__: function for function in (distill, train, evaluate, memory, prune, export, judge)}
+    functions = {
+        function.__name__: function for function in (distill, train, evaluate, ceiling, memory, prune, export, judge)
+    }
     for name, function in functions.items():
         command = commands.add_parser(
             name, help=function.__doc__, description=function.__doc__, add_help=name != "distill"
@@ -93,6 +128,10 @@ def main() -> None:
     for name in ("prompts", "samples", "batch_size"):
         add["evaluate"](f"--{name}", type=int, help="as in training unless given")
     add["evaluate"]("--split", help="test, train, ...")
+    add["ceiling"]("--folder", type=Path, help="a trained student; else the keys of `cmdp distill`")
+    add["ceiling"]("--prompts", type=int, default=100, help="prompts that both models complete")
+    add["ceiling"]("--samples", type=int, default=8, help="completions of each")
+    add["ceiling"]("--split", help="train before training, test after it, unless given")
     add["prune"]("model", help="a Hub id, a local folder or a GGUF file")
     add["prune"]("target", type=Path, help="a new folder")
     add["prune"]("--without", type=int, nargs="+", required=True, help="layers, counted from 0")
@@ -111,7 +150,7 @@ def main() -> None:
     arguments, words = parser.parse_known_args()
     arguments = vars(arguments)
     name = arguments.pop("command")
-    if name == "distill":  # its arguments are the fields of dataclasses
+    if name in ("distill", "ceiling"):  # whose arguments are the fields of dataclasses
         arguments["words"] = words
     elif words:
         parser.error(f"unrecognized arguments: {' '.join(words)}")

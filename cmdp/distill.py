@@ -80,9 +80,10 @@ def parse(words: list[str]) -> tuple[Distill, dict[str, Any]]:
 
 def experiment(options: Distill, settings: dict[str, Any]) -> train.Experiment:
     """The experiment that the keys describe, checked. Raises `ValueError` as `train.build` does."""
-    name = options.output or f"{Path(options.student).stem}-{Path(options.dataset).stem}"
-    if not re.fullmatch(r"[\w-][\w.-]*", name) or "output_dir" in settings:
-        raise ValueError(f"--output is a name in models/ and results/, not {settings.get('output_dir', name)!r}.")
+    sources = f"{Path(options.student).stem}-{Path(options.dataset).stem}".lower()
+    name = options.output or re.sub("[^a-z0-9.-]+", "-", sources).strip("-.")
+    if "output_dir" in settings:
+        raise ValueError("--output_dir is not used: --output names the folders in models/ and results/.")
     if "budget" not in settings:
         raise ValueError("--budget is missing: nats per token (--budget_form per_token) or per completion (total).")
     adapted = options.lora or options.student_adapter

@@ -458,20 +458,24 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
     print(f"Summary of {summary['run'].nunique()} runs: {results}/summary.csv\n{shown(summary)}")
 
 
-def evaluate(folder: Path, **changes) -> pd.DataFrame:
-    """Measure the trained student in `folder` again, from what cmdp.json beside it says. `changes` are fields of
-    `Evaluation`, None for those to leave. Returns the means, as `summarise`. Raises `FileNotFoundError` if there is no
-    such student, `ValueError` for a split that there is not."""
+def trained(folder: Path, **changes) -> tuple[Experiment, str, int]:
+    """(experiment, run, seed) of the trained student in `folder`, from what cmdp.json beside it says. `changes` are
+    fields of `Evaluation`, None for those to leave. Raises `FileNotFoundError` if there is no such student."""
     if not (folder / RECORD).is_file():
         raise FileNotFoundError(f"There is no {RECORD} in {folder}: name the folder of a trained student.")
-    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    record = storage.read(folder / RECORD)
     if "experiment" not in record:
         raise ValueError(f"{folder / RECORD} does not say what to measure: train the student with this version.")
-    content, run, seed = record["experiment"], record["run"], record["seed"]
+    content = record["experiment"]
     content["evaluate"] |= {name: value for name, value in changes.items() if value is not None}
-    experiment = build(content, str(folder / RECORD))
-    pair = load_trained(experiment, run, seed, folder)
-    completions, _ = measure(experiment, pair, seed)
+    return build(content, str(folder / RECORD)), record["run"], record["seed"]
+
+
+def evaluate(folder: Path, **changes) -> pd.DataFrame:
+    """Measure a trained student again, see `trained`. Returns the means, as `summarise`. Raises `ValueError` for a
+    split that there is not."""
+    experiment, run, seed = trained(folder, **changes)
+    completions, _ = measure(experiment, load_trained(experiment, run, seed, folder), seed)
     return summarise(completions.assign(run=run, seed=seed), **vars(experiment.budget))
 
 

@@ -80,6 +80,21 @@ def test_own_data_and_reward_are_trained_measured_and_exported(own, monkeypatch,
     assert Path("out/README.md").is_file()
 
 
+def test_the_ceiling_is_measured_before_training_and_the_account_after_it(own, monkeypatch, capsys):
+    words = [*WORDS.split(), "--reward", "exact", "--answer_column", "target", "--output", "mine"]
+    sizes = ["--prompts", "4", "--samples", "3"]
+    command(monkeypatch, "ceiling", *sizes, *words)
+    assert "A budget of" in capsys.readouterr().out
+    prices = pd.read_csv("results/mine/ceiling.csv")
+    assert prices["plug_in"].is_monotonic_increasing and prices["budget"][0] == 0
+    command(monkeypatch, "distill", *words)
+    command(monkeypatch, "ceiling", *sizes, "--folder", "models/mine/cmdp-adaptive/0")
+    found = json.loads(Path("results/mine/ceiling-cmdp-adaptive-0.json").read_text())
+    assert found["cost"] == pytest.approx(found["useful"] + found["wasted"])
+    with pytest.raises(SystemExit, match="a reward that is 0 or 1"):
+        command(monkeypatch, "ceiling", *sizes, *WORDS.split(), "--reward", "rewards.py:ends", "--output", "other")
+
+
 def test_keys_come_from_a_file_and_the_command_line_wins(own):
     Path("keys.yaml").write_text(
         "student: a\nteacher: b\ndataset: c\nreward: gsm8k\nbudget: 0.15\nteacher_4bit: true\n"
@@ -117,7 +132,7 @@ def test_keys_come_from_a_file_and_the_command_line_wins(own):
         ("--reward rewards.py:ends --report_to swanlab", "swanlab is not installed: pip install swanlab"),
         ("--reward rewards.py:ends --use_cpu false", "use_cpu=false asks for a GPU and PyTorch finds none"),
         ("--reward rewards.py:ends --student_4bit", "4-bit weights cannot themselves be trained"),
-        ("--reward rewards.py:ends --output a/b", "--output is a name"),
+        ("--reward rewards.py:ends --output a/b", "is no name"),
         ("--reward rewards.py:ends --prompt_length 1", "No problem has 1 tokens"),
         ("--reward rewards.py:ends --config none.yaml", r"There is no none\.yaml"),
         ("--reward rewards.py:ends --config wrong.yaml", "There is no --stundent"),
