@@ -67,8 +67,8 @@ def suggest(prices: pd.DataFrame) -> float:
 
 
 def account(accuracy: np.ndarray, pass_rate: np.ndarray, cost: np.ndarray) -> dict[str, float]:
-    """Where a student's nats went: `cost`, the mean; `useful`, the mean of kl(a || q) over prompts where a > q, 0 on the
-    others, where no accuracy was bought; `wasted`, the rest.
+    """Where a student's nats went: `cost`, the mean; `useful`, the mean over prompts of kl(a || q) where a > q, 0 where
+    no accuracy was bought; `wasted`, the rest.
 
     `accuracy` a, `pass_rate` q of the teacher, and mean `cost` by prompt, (prompts,). Sampled rates make `useful` too
     high, so `useful_at_least` has kl of the means, which convexity puts below it whatever the number of samples.

@@ -86,7 +86,8 @@ def test_the_ceiling_is_measured_before_training_and_the_account_after_it(own, m
     command(monkeypatch, "ceiling", *sizes, *words)
     assert "A budget of" in capsys.readouterr().out
     prices = pd.read_csv("results/mine/ceiling.csv")
-    assert prices["plug_in"].is_monotonic_increasing and prices["budget"][0] == 0
+    assert prices["plug_in"].is_monotonic_increasing
+    assert prices["budget"][0] == 0
     command(monkeypatch, "distill", *words)
     command(monkeypatch, "ceiling", *sizes, "--folder", "models/mine/cmdp-adaptive/0")
     found = json.loads(Path("results/mine/ceiling-cmdp-adaptive-0.json").read_text())
