@@ -111,18 +111,18 @@ def pick_dtype(device: torch.device) -> torch.dtype:
 def load_base(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The weights that `spec` names, in `dtype` or 4 bits, without its adapter. Raises `FileNotFoundError` if there is
     no such model, `ValueError` if its weight files are damaged or lack tensors."""
-    where = spec.where()
-    if "gguf_file" in where:
-        with named(spec.model, "cannot be read", ValueError):
-            return _load_gguf(where, dtype).to(device)
-    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    options, unpacked = {"dtype": dtype, "use_safetensors": True}, "gguf_file" in spec.where()
+    if unpacked and hasattr(transformers, "GgufConfig"):  # earlier releases unpack the weights without being told to
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if spec.four_bit:
         nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
         options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_4bit=True, **nf4)
     # several processes without 4 bits may be FSDP's or DeepSpeed's, which place the weights themselves
     if spec.four_bit or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         options["device_map"] = {"": device}
-    model, info = _found(spec, AutoModelForCausalLM, **options)
+    model, info = _found(spec, AutoModelForCausalLM, output_loading_info=True, **options)
+    if unpacked and hasattr(model, "hf_quantizer"):  # as if it had never been packed
+        model.hf_quantizer.remove_quantization_config(model)
     for module in model.modules():  # no repacking in place of weights that two models may share, on such CPUs
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -276,9 +276,8 @@ def lora_config(spec: ModelSpec):
     """The `LoraConfig` of a spec that trains a new adapter."""
     from peft import LoraConfig
 
-    lora = LORA | spec.lora
-    scaled = {f"lora_{name}": lora.pop(name) for name in ("alpha", "dropout")}
-    return LoraConfig(**lora, **scaled, task_type="CAUSAL_LM")
+    names = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
+    return LoraConfig(**{names.get(key, key): x for key, x in (LORA | spec.lora).items()}, task_type="CAUSAL_LM")
 
 
 def same_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -309,26 +308,6 @@ def prune(source: str, without: list[int], target: Path) -> tuple[int, int]:
         model.save_pretrained(folder)
         load_tokenizer(spec).save_pretrained(folder)
     return before, model.num_parameters()
-
-
-def _load_gguf(where: dict, dtype: torch.dtype) -> PreTrainedModel:
-    """The dense model that a GGUF file holds, as an ordinary one: nothing in it says that it was ever packed."""
-    options = {}
-    if hasattr(transformers, "GgufConfig"):  # earlier releases unpack the weights without being told to
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    loaded = AutoModelForCausalLM.from_pretrained(**where, **options, dtype=dtype)
-    config = copy.deepcopy(loaded.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.load_state_dict(loaded.state_dict(), strict=False, assign=True)
-    model.tie_weights()
-    for name, buffer in loaded.named_buffers():  # those that a state dict leaves out
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, buffer)
-    model.generation_config = loaded.generation_config
-    return model
 
 
 def _found(spec: ModelSpec, kind, **options):
