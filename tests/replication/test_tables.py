@@ -124,7 +124,7 @@ def test_every_method_either_knows_the_budget_or_does_not():
     from cmdp.methods import METHODS, TRL
 
     assert {*METHODS, *TRL, "sft"} - tables.BUDGET_FREE == {
-        *("dual", "saute-constant", "cmdp", "cmdp-overshoot", "cmdp-hinge", "cmdp-adaptive")
+        *("dual", "saute-constant", "cmdp", "cmdp-overshoot", "cmdp-hinge", "cmdp-adaptive", "cmdp-chance")
     }
     assert {*METHODS, *TRL, "sft"} >= tables.BUDGET_FREE
 
