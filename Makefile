@@ -9,7 +9,7 @@
 #   make tables     fill the generated tables of README.md and docs/
 #   make test       the tests
 #   make lint       ruff
-#   make lab        JupyterLab on the notebooks
+#   make lab        JupyterLab: notebooks/, and results/notebooks/ as executed
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -79,4 +79,4 @@ lint: setup
 	ruff format --check .
 
 lab: setup
-	jupyter lab notebooks
+	jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb

@@ -5,6 +5,8 @@ it. So `spend(d, q)`, the larger root of kl(a || q) = d, bounds every method, an
 list from which to choose a budget. The nats beyond kl(a || q) that a student spends are wasted: they buy no accuracy.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
@@ -65,12 +67,49 @@ def suggest(prices: pd.DataFrame) -> float:
 
 
 def account(accuracy: np.ndarray, pass_rate: np.ndarray, cost: np.ndarray) -> dict[str, float]:
-    """Where a student's nats went: `cost`, the mean; `useful`, the mean of kl(a || q); `wasted`, the rest.
+    """Where a student's nats went: `cost`, the mean; `useful`, the mean over prompts of kl(a || q) where a > q, 0 where
+    no accuracy was bought; `wasted`, the rest.
 
     `accuracy` a, `pass_rate` q of the teacher, and mean `cost` by prompt, (prompts,). Sampled rates make `useful` too
     high, so `useful_at_least` has kl of the means, which convexity puts below it whatever the number of samples.
     """
-    useful = float(bernoulli_kl(accuracy, pass_rate).mean())
-    at_least = float(bernoulli_kl(np.mean(accuracy), np.mean(pass_rate)))
-    spent = float(np.mean(cost))
+    useful = float(bernoulli_kl(np.maximum(accuracy, pass_rate), pass_rate).mean())
+    mean, rate, spent = (float(np.mean(x)) for x in (accuracy, pass_rate, cost))
+    at_least = float(bernoulli_kl(max(mean, rate), rate))
     return {"cost": spent, "useful": useful, "wasted": spent - useful, "useful_at_least": at_least}
+
+
+def measured(experiment, pair: tuple, seed: int = 0) -> tuple[pd.DataFrame, dict[str, float]]:
+    """(price list, account of the student) from completions of both models of `pair` (student, teacher, tokenizer) on
+    the prompts that the `train.Experiment` evaluates. The price list has `per_token` too: the budget in nats per token,
+    at the teacher's mean length. Raises `ValueError` for a reward that is not 0 or 1."""
+    from cmdp.train import measure
+
+    student, teacher, tokenizer = pair
+    rates = {}
+    for role, model in (("teacher", teacher), ("student", student)):
+        completions, _ = measure(experiment, (model, teacher, tokenizer), seed, greedy=False)
+        if not completions["correct"].isin([0, 1]).all():
+            raise ValueError("The ceiling is one of accuracy: give a reward that is 0 or 1.")
+        rates[role] = completions.groupby("prompt")[["correct", "cost", "tokens"]].mean()
+    samples, q = experiment.evaluate.samples, rates["teacher"]["correct"]
+    prices = price_list((q * samples).round().to_numpy(), samples, seed=seed)
+    prices.insert(1, "per_token", prices["budget"] / rates["teacher"]["tokens"].mean())
+    smoothed = [(role["correct"] * samples + 0.5) / (samples + 1) for role in rates.values()]  # so that kl is finite
+    accuracy = {"accuracy": float(rates["student"]["correct"].mean()), "teacher": float(q.mean())}
+    return prices, accuracy | account(smoothed[1], smoothed[0], rates["student"]["cost"])
+
+
+def draw(prices: pd.DataFrame, found: dict[str, float], path: Path) -> None:
+    """Draw a price list and the student's point. Needs matplotlib."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    axes.fill_between(prices["budget"], 100 * prices["low"], 100 * prices["high"], alpha=0.2, linewidth=0)
+    axes.plot(prices["budget"], 100 * prices["ceiling"], label="ceiling of every method")
+    axes.plot(found["cost"], 100 * found["accuracy"], "ko", label="student")
+    axes.set(xlabel="nats per completion", ylabel="accuracy, sampled (%)", ylim=(0, 101))
+    axes.legend(loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160)
+    plt.close(figure)

@@ -1,4 +1,4 @@
-"""The `cmdp` command: train and measure students, fit them into memory, prune, export and judge them."""
+"""The `cmdp` command: distil, train and measure students, fit them into memory, prune, export and judge them."""
 
 import argparse
 import json
@@ -6,6 +6,18 @@ import os
 import sys
 import warnings
 from pathlib import Path
+
+
+def distill(words: list[str]) -> None:
+    """Distil a teacher into a student on a dataset of your own, and measure both ends (`cmdp distill --help`)."""
+    from cmdp import distill
+    from cmdp.train import run_all
+
+    experiment = distill.experiment(*distill.parse(words))
+    run_all(experiment, [*experiment.runs], experiment.seeds)
+    run = [*experiment.runs][-1]
+    folder = experiment.folder(run, experiment.seeds[0])
+    print(f"The student is in {folder}: cmdp evaluate {folder}, cmdp export {folder} NEW-FOLDER")
 
 
 def train(config: Path, overrides: list[str], run: list[str] | None, seed: list[int] | None) -> None:
@@ -16,6 +28,46 @@ def train(config: Path, overrides: list[str], run: list[str] | None, seed: list[
     if unknown := sorted(set(run or []) - set(experiment.runs)):
         raise ValueError(f"{config} has no run {unknown[0]!r}. It has: {', '.join(experiment.runs)}.")
     run_all(experiment, run or [*experiment.runs], seed or experiment.seeds)
+
+
+def evaluate(folder: Path, **changes) -> None:
+    """Measure a trained student again, with its teacher, as cmdp.json beside it says."""
+    import cmdp.train
+
+    print(cmdp.train.evaluate(folder, **changes).drop(columns="seeds").to_string(index=False))
+
+
+def ceiling(folder: Path | None, prompts: int, samples: int, split: str | None, words: list[str]) -> None:
+    """What a budget can buy: the accuracy that no method exceeds at a cost, from the teacher's samples, and where the
+    student's nats go. For a trained student's folder, or before training with the keys of `cmdp distill`."""
+    from importlib.util import find_spec
+
+    from cmdp import ceiling, distill, storage, train
+    from cmdp.models import load_pair
+
+    if folder:
+        changes = {"prompts": prompts, "samples": samples, "split": split}
+        experiment, run, seed = train.trained(folder, **changes)
+        pair, name = train.load_trained(experiment, run, seed, folder), f"ceiling-{run}-{seed}"
+    else:
+        experiment = distill.experiment(*distill.parse(["--budget", "inf", *words]))
+        experiment.evaluate = train.Evaluation(prompts, samples, experiment.evaluate.batch_size, split or "train")
+        pair, name = (
+            load_pair(experiment.student, experiment.teacher, experiment.train.get("use_cpu", False)),
+            "ceiling",
+        )
+    prices, found = ceiling.measured(experiment, pair)
+    path = train.RESULTS / experiment.name / f"{name}.csv"
+    storage.write_table(prices, path)
+    storage.write_json(found, path.with_suffix(".json"))
+    print(prices.to_string(index=False, float_format="{:.3f}".format))
+    print("  ".join(f"{key} {value:.3f}" for key, value in found.items()), "(accuracies, and nats per completion)")
+    print(
+        f"A budget of {ceiling.suggest(prices):g} nats buys {ceiling.BOUGHT:.0%} of what {prices['budget'].max():g} do."
+    )
+    if find_spec("matplotlib"):
+        ceiling.draw(prices, found, path.with_suffix(".png"))
+    print(f"{path}, .json{' and .png' if find_spec('matplotlib') else ' (pip install matplotlib draws a figure)'}")
 
 
 def memory(config: Path, overrides: list[str]) -> None:
@@ -59,14 +111,27 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' own, to one another
     parser, add = argparse.ArgumentParser(prog="cmdp", description=__doc__), {}
     commands = parser.add_subparsers(required=True, metavar="command", dest="command")
-    functions = {function.__name__: function for function in (train, memory, prune, export, judge)}
+    functions = {
+        function.__name__: function for function in (distill, train, evaluate, ceiling, memory, prune, export, judge)
+    }
     for name, function in functions.items():
-        add[name] = commands.add_parser(name, help=function.__doc__, description=function.__doc__).add_argument
+        command = commands.add_parser(
+            name, help=function.__doc__, description=function.__doc__, add_help=name != "distill"
+        )
+        add[name] = command.add_argument
     for name in ("train", "memory"):
         add[name]("--config", type=Path, required=True, help="a parameter file: profiles/laptop.yaml")
         add[name]("overrides", nargs="*", help="section.field=value, in place of what the file says")
     add["train"]("--run", action="append", help="a run of the file (all); may be given again")
     add["train"]("--seed", action="append", type=int, help="a seed (all of the file's)")
+    add["evaluate"]("folder", type=Path, help="a trained student: models/default/cmdp-adaptive/0")
+    for name in ("prompts", "samples", "batch_size"):
+        add["evaluate"](f"--{name}", type=int, help="as in training unless given")
+    add["evaluate"]("--split", help="test, train, ...")
+    add["ceiling"]("--folder", type=Path, help="a trained student; else the keys of `cmdp distill`")
+    add["ceiling"]("--prompts", type=int, default=100, help="prompts that both models complete")
+    add["ceiling"]("--samples", type=int, default=8, help="completions of each")
+    add["ceiling"]("--split", help="train before training, test after it, unless given")
     add["prune"]("model", help="a Hub id, a local folder or a GGUF file")
     add["prune"]("target", type=Path, help="a new folder")
     add["prune"]("--without", type=int, nargs="+", required=True, help="layers, counted from 0")
@@ -82,8 +147,13 @@ def main() -> None:
     add["judge"]("--options", default='{"temperature": 0, "max_tokens": 512}', help="of each request")
     add["judge"]("--timeout", type=float, default=120.0, help="seconds per request")
     add["judge"]("--concurrency", type=int, default=4, help="requests at a time")
-    arguments = vars(parser.parse_args())
+    arguments, words = parser.parse_known_args()
+    arguments = vars(arguments)
     name = arguments.pop("command")
+    if name in ("distill", "ceiling"):  # whose arguments are the fields of dataclasses
+        arguments["words"] = words
+    elif words:
+        parser.error(f"unrecognized arguments: {' '.join(words)}")
     call(f"cmdp {name}", functions[name], **arguments)
 
 
@@ -92,7 +162,7 @@ def call(command: str, function, *arguments, **named) -> None:
     try:
         function(*arguments, **named)
     except KeyboardInterrupt as stopped:
-        print(f"{command}: {stopped or 'stopped'}", file=sys.stderr)
+        print(f"{command}: {str(stopped) or 'stopped: the same command goes on'}", file=sys.stderr)
         sys.exit(130)
     except (OSError, ValueError) as error:
         if os.environ.get("CMDP_TRACEBACK"):

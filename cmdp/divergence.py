@@ -77,26 +77,23 @@ def divergence_from_hidden(
     The last hidden states that predict each token are (B, T, H), each model with its own H and `Head`; `temperature`
     divides both models' logits. Raises `ValueError` if the heads have different numbers of rows.
     """
-    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-
     _check_exact(kind, jsd_beta)
     if (rows := len(student_head.weight)) != (others := len(teacher_head.weight)):
         message = f"The student's head has {rows} rows and the teacher's {others}"
         raise ValueError(f"{message}: pass the tokenizer's size to `lm_head` for both.")
-    on = mask != 0
-    student_hidden, teacher_hidden = student_hidden[on], teacher_hidden[on]  # (N, H_s), (N, H_t)
     if own_tiles(student_hidden):
-        inputs = student_hidden, student_head, None, teacher_hidden, teacher_head
-        values, _, _ = _in_tiles(*inputs, kind, jsd_beta, temperature)
-    else:
-        heads = student_head, teacher_head
-        if all(head.bias is not None for head in heads):  # the kernel has no number for 0 log 0
-            banned = (student_head.bias == -torch.inf) & (teacher_head.bias == -torch.inf)
-            student_head, teacher_head = (head._replace(bias=head.bias.masked_fill(banned, -1e4)) for head in heads)
-        beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": jsd_beta}[kind]
-        inputs = student_hidden, *student_head[:2], teacher_hidden, *teacher_head[:2]
-        values, _ = ChunkedDivergenceFunction.apply(*inputs, beta, temperature, *student_head[2:], *teacher_head[2:])
-    # masked_scatter keeps an all-masked batch connected to the student, with gradient zero
+        tokens = torch.zeros_like(mask, dtype=torch.long)  # of which no log-probability is asked for
+        inputs = student_hidden, student_head, tokens, mask, teacher_hidden, teacher_head, mask
+        return score_on_cpu(*inputs, kind, jsd_beta, temperature)[0]
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    on, heads = mask != 0, (student_head, teacher_head)
+    if all(head.bias is not None for head in heads):  # the kernel has no number for 0 log 0
+        banned = (student_head.bias == -torch.inf) & (teacher_head.bias == -torch.inf)
+        student_head, teacher_head = (head._replace(bias=head.bias.masked_fill(banned, -1e4)) for head in heads)
+    beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": jsd_beta}[kind]
+    inputs = student_hidden[on], *student_head[:2], teacher_hidden[on], *teacher_head[:2]
+    values, _ = ChunkedDivergenceFunction.apply(*inputs, beta, temperature, *student_head[2:], *teacher_head[2:])
     return values.new_zeros(on.shape).masked_scatter(on, values)
 
 
@@ -107,7 +104,7 @@ def own_tiles(hidden: Tensor) -> bool:
 
 def score_on_cpu(
     student_hidden, student_head, tokens, mask, teacher_hidden, teacher_head, where, kind, jsd_beta, temperature
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     """The divergence at each token where `where` is 1, and the student's log-probability of the token and its entropy
     where `mask` is: (B, T) each in float32; 0 elsewhere. One projection through the student's head serves all three.
 
@@ -115,28 +112,23 @@ def score_on_cpu(
     head has all of its rows; the divergence runs over its first so many as the teacher's has.
     """
     _check_exact(kind, jsd_beta)
-    parts = []
-    for on, teacher in ((where != 0, True), ((mask != 0) & (where == 0), False)):
-        hidden = student_hidden[on], student_head, tokens[on], teacher_hidden[on] if teacher else None, teacher_head
-        values = _in_tiles(*hidden, kind, jsd_beta, temperature)
-        parts.append([value.new_zeros(mask.shape).masked_scatter(on, value) for value in values])
-    return tuple(charged + free for charged, free in zip(*parts, strict=True))
 
-
-def _in_tiles(student_hidden, student_head, tokens, teacher_hidden, teacher_head, kind, jsd_beta, temperature) -> list:
-    """Divergence, log-probabilities and entropy of N tokens, one tile of them at a time: three of (N,)."""
-
-    def tile(student_hidden, teacher_hidden, tokens):
+    def tile(hidden, tokens, teacher_hidden=None):
         teacher_logits = None if teacher_hidden is None else teacher_head.logits(teacher_hidden) / temperature
-        student_logits = student_head.logits(student_hidden) / temperature
-        return _LogitScores.apply(student_logits, teacher_logits, tokens, kind, jsd_beta)
+        return _LogitScores.apply(student_head.logits(hidden) / temperature, teacher_logits, tokens, kind, jsd_beta)
 
-    rows = max(1, TILE // len(student_head.weight))
-    tiles = student_hidden.split(rows)
-    others = [[None] * len(tiles) if x is None else x.split(rows) for x in (teacher_hidden, tokens)]
-    if len(tiles) > 1 and torch.is_grad_enabled():  # many tiles are computed again in the backward
-        tile = functools.partial(checkpoint, tile, use_reentrant=False, preserve_rng_state=False)
-    return [torch.cat(column) for column in zip(*map(tile, tiles, *others), strict=True)]
+    again = functools.partial(checkpoint, tile, use_reentrant=False, preserve_rng_state=False)
+    rows, inputs, parts = max(1, TILE // len(student_head.weight)), (student_hidden, tokens, teacher_hidden), []
+    for on, used in ((where != 0, inputs), ((mask != 0) & (where == 0), inputs[:2])):
+        if parts and not on.any():
+            break
+        tiles = [x[on].split(rows) for x in used]
+        # many tiles are computed again in the backward
+        scores = map(again if len(tiles[0]) > 1 and torch.is_grad_enabled() else tile, *tiles)
+        values = map(torch.cat, zip(*scores, strict=True))
+        # masked_scatter keeps an all-masked batch connected to the student, with gradient zero
+        parts.append([value.new_zeros(on.shape).masked_scatter(on, value) for value in values])
+    return [sum(columns) for columns in zip(*parts, strict=True)]
 
 
 class _LogitScores(torch.autograd.Function):
@@ -147,7 +139,7 @@ class _LogitScores(torch.autograd.Function):
     def forward(ctx, student_logits, teacher_logits, tokens, kind, jsd_beta):
         policy = student_logits.log_softmax(-1)
         entropy = -(policy.exp() * _finite(policy)).sum(-1)
-        log_probs = torch.zeros_like(entropy) if tokens is None else policy.gather(-1, tokens[:, None])[:, 0]
+        log_probs = policy.gather(-1, tokens[:, None])[:, 0]
         divergence, p, q = torch.zeros_like(entropy), policy, None
         if teacher_logits is not None:
             q = teacher_logits.log_softmax(-1)

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from cmdp.divergence import TILE, divergence_from_hidden, lm_head
 from cmdp.models import tokenise
 from cmdp.reward import cumulative_cost, modified_reward, trajectory_budget
+from cmdp.tasks import reward
 
 QUANTILES = (0.1, 0.5, 0.9)  # of the cumulative cost at each position
 
@@ -23,12 +24,12 @@ def evaluate(
     """Sample `samples` completions per problem at temperature 1, and with `greedy` one more greedily.
 
     Args:
-        task: a module of `cmdp.tasks`, or anything with its `is_correct` and `steps_are_valid`.
-        problems: rows with `prompt` and `answer`.
+        task: a module of `cmdp.tasks`, or anything with its `is_correct` or `reward`, and `steps_are_valid`.
+        problems: rows with `prompt` and the columns that the reward takes.
 
     Returns:
-        completions: one row per completion: `prompt` (index), `decoding`, `correct`, `valid` (every step right),
-            `tokens`, `truncated`, `entropy` (mean, nats per token), `cost` (C, nats), `peak` (the costliest token's),
+        completions: one row per completion: `prompt` (index), `decoding`, `correct` (the task reward), `valid` (all
+            steps right), `tokens`, `truncated`, `entropy` (mean, nats per token), `cost` (C, nats), `peak` (of a token)
             and the text as `completion`.
         positions: over sampled completions, at each position: `count` (completions that reach it), mean and quantiles
             of the cumulative cost C_t in nats, constant after a completion's end.
@@ -40,7 +41,8 @@ def evaluate(
         order = [index for index in range(len(problems)) for _ in range(repeats)]
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
-            prompts, answers = ([problems[index][key] for index in indices] for key in ("prompt", "answer"))
+            columns = {key: [problems[index][key] for index in indices] for key in problems[0]}
+            prompts = columns.pop("prompt")
             ids, attention, completion_ids, mask = generate(
                 student, tokenizer, prompts, decoding == "sampled", max_completion_length
             )
@@ -49,8 +51,8 @@ def evaluate(
             texts = tokenizer.batch_decode(completion_ids.masked_fill(mask == 0, tokenizer.pad_token_id), True)
             length = mask.sum(dim=1)
             table = pd.DataFrame({"prompt": indices, "decoding": decoding})
-            table["correct"] = [int(task.is_correct(*pair)) for pair in zip(texts, answers, strict=True)]
-            table["valid"] = [int(task.steps_are_valid(*pair)) for pair in zip(texts, prompts, strict=True)]
+            table["correct"] = reward(task)(texts, prompts=prompts, **columns)
+            table["valid"] = [float(task.steps_are_valid(*pair)) for pair in zip(texts, prompts, strict=True)]
             table["tokens"], table["truncated"] = length.tolist(), (~ended).int().tolist()
             table["entropy"] = (entropy.sum(dim=1) / length.clamp(min=1)).tolist()
             table["cost"], table["peak"] = cost.sum(dim=1).tolist(), cost.amax(dim=1).tolist()

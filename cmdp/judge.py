@@ -17,11 +17,12 @@ from typing import NamedTuple
 import pandas as pd
 
 from cmdp.statistics import interval
-from cmdp.storage import write_json, write_table
+from cmdp.storage import read, write_json, write_table
 
 KEY = "JUDGE_API_KEY"
 RETRIES = 5  # by the client, with backoff or Retry-After: refused, reset, timed out, 408, 409, 429, 5xx
-ORDERS = {"a_first": ("completion_a", "completion_b", "1"), "b_first": ("completion_b", "completion_a", "2")}
+ORDERS = {"a_first": ("completion_a", "completion_b"), "b_first": ("completion_b", "completion_a")}
+SCORES = {"1": 1.0, "tie": 0.5, "2": 0.0}  # of the solution shown first
 _WORD = re.compile(r"\[\[\s*(?:solution\s*)?(1|2|tie)\s*\]\]|verdict\W+(?:solution\s*)?(1|2|tie)\b(?=(\W*$)?)")
 _URL = re.compile(r"https?://(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[^?#@\s]*)?")
 
@@ -54,13 +55,12 @@ def judge(a: pd.DataFrame, b: pd.DataFrame, endpoint: Endpoint, template: str, f
     pairs, unpaired = paired(a, b)
     same = pairs["completion_a"] == pairs["completion_b"]  # a tie without asking
     prompts = pairs[[]].copy()
-    for order, (one, other, _) in ORDERS.items():
+    for order, (one, other) in ORDERS.items():
         named = pairs.rename(columns={"prompt": "problem", one: "first", other: "second"})
         prompts[order] = [question.safe_substitute(row) for row in named.to_dict("records")]
     replies = ask(endpoint, prompts[~same].melt()["value"].tolist(), folder / "replies.jsonl", concurrency)
-    for order, (_, _, ours) in ORDERS.items():  # scores of A, missing without a verdict
-        said = prompts[order].map(lambda text: verdict(replies.get(text, "")))
-        pairs[order] = (said == ours).mask(said == "tie", 0.5).astype(float).mask(said.isna()).mask(same, 0.5)
+    first = prompts.map(lambda text: SCORES.get(verdict(replies.get(text, "")))).astype(float).mask(same, 0.5)
+    pairs[[*ORDERS]] = first.assign(b_first=1 - first["b_first"])  # scores of A, missing without a verdict
     pairs["score"] = pairs[[*ORDERS]].mean(axis=1, skipna=False)
     pairs.insert(0, "problem", pairs.groupby("prompt", sort=False).ngroup())
     write_table(pairs[["problem", "sample", *ORDERS, "score"]], folder / "verdicts.csv")
@@ -68,10 +68,9 @@ def judge(a: pd.DataFrame, b: pd.DataFrame, endpoint: Endpoint, template: str, f
     judged, without = pairs.dropna(subset="score"), int(pairs[[*ORDERS]].isna().sum().sum())
     if judged.empty:
         raise ValueError(f"No pair has a verdict in both orders: {without} replies had none. See {folder}.")
-    score, asked = judged["score"], judged.query("completion_a != completion_b")
+    score, asked, decided = judged["score"], judged.loc[~same[judged.index]], first.melt()["value"]
     by_prompt = judged.groupby("prompt", sort=False)["score"].mean().to_numpy()[None]  # (1, prompts)
-    first = pd.concat([pairs["a_first"], 1 - pairs["b_first"]])[lambda share: share.isin([0, 1])]
-    shares = {"agreement": asked["a_first"] == asked["b_first"], "first": first}
+    shares = {"agreement": asked["a_first"] == asked["b_first"], "first": decided[decided.isin([0, 1])]}
     summary = {
         "win_rate": dict(zip(("mean", "low", "high"), (round(x, 4) for x in interval(by_prompt)), strict=True)),
         **{"wins": int((score > 0.5).sum()), "ties": int((score == 0.5).sum()), "losses": int((score < 0.5).sum())},
@@ -86,10 +85,8 @@ def judge(a: pd.DataFrame, b: pd.DataFrame, endpoint: Endpoint, template: str, f
 
 
 def read_completions(path: Path) -> pd.DataFrame:
-    """A table of completions, all text. Raises `FileNotFoundError`, or `ValueError` for a missing column."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no table of completions at {path}.")
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    """A table of completions, all text. Raises `ValueError` for a missing or damaged file, or a missing column."""
+    table = read(Path(path), dtype=str, keep_default_na=False)
     if missing := [column for column in ("prompt", "completion") if column not in table]:
         raise ValueError(f"{path} has no column {' and no column '.join(missing)}: it has {', '.join(table)}.")
     return table

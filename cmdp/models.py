@@ -17,7 +17,7 @@ import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from cmdp.storage import whole
+from cmdp.storage import named, whole
 
 LORA = {"r": 16, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear"}
 
@@ -110,18 +110,19 @@ def pick_dtype(device: torch.device) -> torch.dtype:
 
 def load_base(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The weights that `spec` names, in `dtype` or 4 bits, without its adapter. Raises `FileNotFoundError` if there is
-    no such model, `ValueError` if its weight files lack tensors."""
-    where = spec.where()
-    if "gguf_file" in where:
-        return _load_gguf(where, dtype).to(device)
-    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    no such model, `ValueError` if its weight files are damaged or lack tensors."""
+    options, unpacked = {"dtype": dtype, "use_safetensors": True}, "gguf_file" in spec.where()
+    if unpacked and hasattr(transformers, "GgufConfig"):  # earlier releases unpack the weights without being told to
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if spec.four_bit:
         nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
         options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_4bit=True, **nf4)
     # several processes without 4 bits may be FSDP's or DeepSpeed's, which place the weights themselves
     if spec.four_bit or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         options["device_map"] = {"": device}
-    model, info = _found(spec, AutoModelForCausalLM, **options)
+    model, info = _found(spec, AutoModelForCausalLM, output_loading_info=True, **options)
+    if unpacked and hasattr(model, "hf_quantizer"):  # as if it had never been packed
+        model.hf_quantizer.remove_quantization_config(model)
     for module in model.modules():  # no repacking in place of weights that two models may share, on such CPUs
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -140,6 +141,8 @@ def load_tokenizer(source: str | Path | ModelSpec) -> PreTrainedTokenizerBase:
     tokenizer = _found(_spec(source), transformers.AutoTokenizer, padding_side="left")
     if tokenizer.pad_token is None:  # Llama's
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.eos_token is None:
+        raise ValueError(f"The tokenizer of {_spec(source).model} names no token that ends a text (eos_token).")
     return tokenizer
 
 
@@ -273,9 +276,8 @@ def lora_config(spec: ModelSpec):
     """The `LoraConfig` of a spec that trains a new adapter."""
     from peft import LoraConfig
 
-    lora = LORA | spec.lora
-    scaled = {f"lora_{name}": lora.pop(name) for name in ("alpha", "dropout")}
-    return LoraConfig(**lora, **scaled, task_type="CAUSAL_LM")
+    names = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
+    return LoraConfig(**{names.get(key, key): x for key, x in (LORA | spec.lora).items()}, task_type="CAUSAL_LM")
 
 
 def same_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -302,40 +304,19 @@ def prune(source: str, without: list[int], target: Path) -> tuple[int, int]:
     if getattr(config, "layer_types", None):  # one entry a layer, where kinds of attention take turns
         config.layer_types = [config.layer_types[place] for place in kept]
     config.num_hidden_layers = len(kept)
-    with whole(target) as folder:
+    with whole(target) as folder, named(target):
         model.save_pretrained(folder)
         load_tokenizer(spec).save_pretrained(folder)
     return before, model.num_parameters()
-
-
-def _load_gguf(where: dict, dtype: torch.dtype) -> PreTrainedModel:
-    """The dense model that a GGUF file holds, as an ordinary one: nothing in it says that it was ever packed."""
-    options = {}
-    if hasattr(transformers, "GgufConfig"):  # earlier releases unpack the weights without being told to
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(**where, **options, dtype=dtype)
-    except ImportError as error:
-        raise ValueError("Reading a GGUF file needs the package gguf: `pip install gguf`.") from error
-    config = copy.deepcopy(loaded.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.load_state_dict(loaded.state_dict(), strict=False, assign=True)
-    model.tie_weights()
-    for name, buffer in loaded.named_buffers():  # those that a state dict leaves out
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, buffer)
-    model.generation_config = loaded.generation_config
-    return model
 
 
 def _found(spec: ModelSpec, kind, **options):
     """What `kind.from_pretrained` loads of a spec's model, with one line for a model that is not there."""
     try:
         return kind.from_pretrained(**spec.where(), trust_remote_code=False, **options)
-    except OSError as error:
+    except Exception as error:
+        if Path(spec.model).exists() or not isinstance(error, OSError):
+            raise ValueError(f"{spec.model} cannot be read: {' '.join(str(error).split())}") from error
         hint = "HF_HUB_OFFLINE is set: unset it to download it" if offline() else str(error).partition("\n")[0]
         raise FileNotFoundError(f"There is no local folder {spec.model}, nor a model of this name: {hint}.") from error
 
@@ -346,7 +327,8 @@ def _with_adapter(model: PreTrainedModel, source: str, **options):
 
     if Path(source).is_dir() and not (Path(source) / "adapter_model.safetensors").is_file():
         raise FileNotFoundError(f"There is no adapter_model.safetensors in {source}: name a PEFT adapter's folder.")
-    return PeftModel.from_pretrained(model, source, local_files_only=offline(), **options)
+    with named(source, "cannot be read", ValueError):
+        return PeftModel.from_pretrained(model, source, local_files_only=offline(), **options)
 
 
 def _spec(source: str | Path | ModelSpec) -> ModelSpec:

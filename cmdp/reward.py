@@ -125,7 +125,7 @@ def modified_reward(
     if form == "lagrangian":
         return ModifiedReward(task - weight * cost, task, weight, over)
     if form == "soft_hinge":
-        limit = budget[:, None].to(cost.dtype).clamp(min=1e-9)
+        limit = budget[:, None].to(cost.dtype).clamp(min=1e-9, max=1e9)
         excess = sharpness * (total[:, -1:] / limit - 1) + offset
         charge = nn.functional.softplus(excess) - nn.functional.softplus(excess.new_tensor(offset - sharpness))
         weight = weight * torch.sigmoid(excess)

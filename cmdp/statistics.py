@@ -6,6 +6,9 @@ import numpy as np
 import pandas as pd
 
 RESAMPLES = 2000
+MEASURES = {"accuracy": "correct", "csr": "satisfied", "accuracy_within": "correct_within", "validity": "valid"}
+MEASURES |= {"greedy_accuracy": "correct", "cost": "cost", "kl_per_token": "kl", "entropy": "entropy"}
+MEASURES |= {"tokens": "tokens", "truncated": "truncated"}
 MANY_RESAMPLES = 20_000  # for a level near 1, whose tails are thin
 FEW_RESAMPLES = 200  # for what is no mean and takes long
 
@@ -59,7 +62,7 @@ def interval(
 
 def summarise(completions: pd.DataFrame, budget: float, budget_form: str = "total") -> pd.DataFrame:
     """One row per run and measure: `run`, `measure`, `mean`, `low`, `high`, `seeds`. Without greedy rows there is
-    no greedy accuracy.
+    no greedy accuracy, and without valid steps no validity.
 
     Args:
         completions: the tables of all runs, with columns `run` and `seed`.
@@ -67,22 +70,8 @@ def summarise(completions: pd.DataFrame, budget: float, budget_form: str = "tota
     completions = with_budget(completions, budget, budget_form)
     rows = []
     for run, group in completions.groupby("run", sort=False):
-        sampled, greedy = (group[group["decoding"] == decoding] for decoding in ("sampled", "greedy"))
-        measures = {
-            "accuracy": (sampled, "correct"),
-            "csr": (sampled, "satisfied"),
-            "accuracy_within": (sampled, "correct_within"),
-            "validity": (sampled, "valid"),
-            "greedy_accuracy": (greedy, "correct"),
-            "cost": (sampled, "cost"),
-            "kl_per_token": (sampled, "kl"),
-            "entropy": (sampled, "entropy"),
-            "tokens": (sampled, "tokens"),
-            "truncated": (sampled, "truncated"),
-        }
-        for measure, (table, column) in measures.items():
-            if table.empty:
-                continue
-            mean, low, high = interval(cells(table, column))
-            rows.append((run, measure, mean, low, high, group["seed"].nunique()))
+        for measure, column in MEASURES.items():
+            table = group[group["decoding"] == ("greedy" if measure == "greedy_accuracy" else "sampled")]
+            if not table[column].isna().all():  # no such completions, or not defined for the task
+                rows.append((run, measure, *interval(cells(table, column)), group["seed"].nunique()))
     return pd.DataFrame(rows, columns=["run", "measure", "mean", "low", "high", "seeds"])

@@ -10,7 +10,10 @@ import dataclasses
 import json
 import os
 import signal
+import sys
+import tempfile
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from cmdp import storage
 from cmdp.methods import METHODS, START, TRL, check_method
 from cmdp.models import ModelSpec, check_specs, load_pair, pick_device, pick_dtype, shared_tokenizer, tokenise
 from cmdp.statistics import summarise
-from cmdp.tasks import load_problems, load_task
+from cmdp.tasks import load_problems, load_task, reward
 
 MODELS, RESULTS = Path("models"), Path("results")
 RECORD, TRAINING = "cmdp.json", "training.csv"  # beside a trained student's weights
@@ -69,6 +72,9 @@ class Experiment:
     seeds: list[int]
     evaluate: Evaluation
 
+    def __post_init__(self):
+        storage.check_names(self.name, *self.runs)
+
     def settings(self, run: str, seed: int) -> dict[str, Any]:
         """The fields of `CMDPConfig` that a run is trained with, beside the precision of the device."""
         own = {key: value for key, value in self.runs[run].items() if key != "method"}
@@ -80,9 +86,12 @@ class Experiment:
         return MODELS / self.name / run / str(seed)
 
     def problems(self, split: str, tokenizer) -> list[dict]:
-        """The problems of a split whose prompts have at most `task.prompt_length` tokens. Raises `ValueError` if none
-        is left."""
-        problems, longest = load_problems(self.task, tokenizer)[split], self.task.get("prompt_length")
+        """The problems of a split whose prompts have at most `task.prompt_length` tokens. Raises `ValueError` if there
+        is no such split, or none is left."""
+        splits, longest = load_problems(self.task, tokenizer), self.task.get("prompt_length")
+        if split not in splits:
+            raise ValueError(f"There is no split {split!r}. There are: {', '.join(splits)}.")
+        problems = splits[split]
         lengths = map(len, tokenise(tokenizer, [row["prompt"] for row in problems]))
         kept = [row for row, length in zip(problems, lengths, strict=True) if longest is None or length <= longest]
         if len(kept) < len(problems):
@@ -99,7 +108,11 @@ def read(path: Path, *overrides: str) -> Experiment:
         FileNotFoundError: there is no such file.
         ValueError: an unknown section, field, method or task, or a value of the wrong type or range; one line.
     """
-    content = storage.read_yaml(path, *overrides) | {"name": path.stem}
+    return build(storage.read_yaml(path, *overrides) | {"name": path.stem}, str(path))
+
+
+def build(content: dict[str, Any], path: str) -> Experiment:
+    """The experiment of a parameter file's `content`, checked. Raises `ValueError` as `read` does, naming `path`."""
     try:
         experiment = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Experiment), content))
     except OmegaConfBaseException as error:
@@ -110,22 +123,55 @@ def read(path: Path, *overrides: str) -> Experiment:
     for run, row in experiment.runs.items():
         check_method(row.get("method", f"(none, in runs.{run})"))
         try:
-            build_config(experiment.settings(run, 0) | {"bf16": False, "fp16": False, "use_cpu": True})
+            config = build_config(experiment.settings(run, 0) | {"bf16": False, "fp16": False, "use_cpu": True})
+            check_trackers(config.report_to)
         except ValueError as error:
             raise ValueError(f"{path}, run {run}: {error}") from error
     return experiment
 
 
-def build_config(settings: dict[str, Any]):
-    """The `CMDPConfig` of `settings`, values converted to the fields' types. Raises `ValueError` for an unknown field,
-    or a value that does not convert or is out of range."""
-    from trl import TrlParser
+def check_trackers(names: list[str]) -> None:
+    """Raise `ValueError` for a tracker (`report_to`) that is unknown or not installed."""
+    from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-    from cmdp.trainer import CMDPConfig
+    for name in {*names} - {"none", *get_available_reporting_integrations()}:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(f"report_to knows no tracker {name!r}: {', '.join(INTEGRATION_TO_CALLBACK)}.")
+        raise ValueError(f"The tracker {name} is not installed: pip install {name}.")
+
+
+def check_machine(settings: dict[str, Any], *folders: Path) -> None:
+    """Raise `ValueError` where a GPU is asked for (use_cpu=false, or bf16, fp16 or use_vllm without use_cpu) and there
+    is none, or one of `folders` cannot be written. 4-bit weights run on a CPU too, slowly."""
+    import torch
+
+    asked = [name for name in ("bf16", "fp16", "use_vllm") if settings.get(name) and not settings.get("use_cpu")]
+    asked += ["use_cpu=false"] if settings.get("use_cpu") is False else []
+    if asked and not torch.cuda.is_available():
+        raise ValueError(f"{asked[0]} asks for a GPU and PyTorch finds none: leave it out, or set use_cpu=true.")
+    for folder in folders:
+        parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        try:
+            tempfile.TemporaryFile(dir=parent).close()
+        except OSError as error:
+            raise ValueError(f"{folder} cannot be written ({parent}: {error.strerror}): choose another.") from error
+
+
+def arguments(*kinds: type):
+    """A parser of command lines for the fields of dataclasses, which raises `ValueError`."""
+    from trl import TrlParser
 
     class Parser(TrlParser):
         def error(self, message: str):
             raise ValueError(message)
+
+    return Parser(kinds, allow_abbrev=False)
+
+
+def build_config(settings: dict[str, Any]):
+    """The `CMDPConfig` of `settings`, values converted to the fields' types. Raises `ValueError` for an unknown field,
+    or a value that does not convert or is out of range."""
+    from cmdp.trainer import CMDPConfig
 
     words = []
     for name, value in settings.items():
@@ -133,19 +179,21 @@ def build_config(settings: dict[str, Any]):
             words += [f"--{name}", *map(str, value)]
         elif value is not None:
             words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
-    parser = Parser(CMDPConfig, allow_abbrev=False)
+    parser = arguments(CMDPConfig)
     config, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     if unknown:
         raise ValueError(f"{unknown[0].partition('=')[0].lstrip('-')} is no field of CMDPConfig.")
     return config
 
 
-def distil(method: str, student, teacher, tokenizer, problems, is_correct, checkpoints, resume, settings) -> list[dict]:
+def distil(
+    method: str, student, teacher, tokenizer, problems, task_reward, checkpoints, resume, settings
+) -> list[dict]:
     """Distil `teacher` into `student`, in place, by a method.
 
     Args:
-        problems: training prompts with their answers, rows with `prompt` and `answer`.
-        is_correct: the task reward, `(completion, answer) -> bool`.
+        problems: training prompts, rows with `prompt` and the columns that the task reward takes.
+        task_reward: the task reward in TRL's signature, see `tasks.reward`.
         checkpoints, resume: the folder of checkpoints, and whether to go on from the last of them.
         settings: fields of `CMDPConfig`; they take precedence over the method's own.
 
@@ -156,9 +204,6 @@ def distil(method: str, student, teacher, tokenizer, problems, is_correct, check
     from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 
     from cmdp.trainer import CMDPTrainer
-
-    def task_reward(completions: list[str], answer: list[str], **_) -> list[float]:
-        return [float(is_correct(completion, right)) for completion, right in zip(completions, answer, strict=True)]
 
     defaults = {"gradient_checkpointing": False, "bf16": False, "report_to": "none", "disable_tqdm": True}
     settings = {"output_dir": str(checkpoints), **defaults, **METHODS.get(check_method(method), {}), **settings}
@@ -175,26 +220,63 @@ def distil(method: str, student, teacher, tokenizer, problems, is_correct, check
         trainer = CMDPTrainer(student, teacher, task_reward, config, **data)
     if method in TRL:  # which would start a text twice that brings BOS along
         trainer._tokenize_prompts = lambda prompts: (tokenise(tokenizer, prompts), None, {})
+    trainer.add_callback(_progress_bar())
     return run_trainer(trainer, resume)
 
 
+def _progress_bar():
+    """A callback that shows steps, the time left, CSR and task reward, on a terminal and in notebooks."""
+    from tqdm.auto import tqdm
+    from transformers import TrainerCallback
+    from transformers.utils.import_utils import is_in_notebook
+
+    class Bar(TrainerCallback):
+        def on_train_begin(self, args, state, control, **_):
+            hidden = not (state.is_world_process_zero and (is_in_notebook() or sys.stderr.isatty()))
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", disable=hidden)
+
+        def on_step_end(self, args, state, control, **_):
+            self.bar.update(state.global_step - self.bar.n)
+
+        def on_log(self, args, state, control, logs, **_):
+            self.bar.set_postfix({name: f"{logs[name]:.3f}" for name in ("csr", "task_reward") if name in logs})
+
+        def on_train_end(self, args, state, control, **_):
+            self.bar.close()
+
+    return Bar()
+
+
 def run_trainer(trainer, resume: bool) -> list[dict]:
-    """Train, and return the log. Checkpoints are certified as they are written. On SIGTERM or Ctrl-C training stops
-    after the step with a checkpoint and raises `KeyboardInterrupt`; a second signal stops it at once."""
+    """Train, and return the log, whose `seconds` of training add up over resumes. Checkpoints are certified as they are
+    written, never between steps that share a rollout, which a checkpoint lacks. On SIGTERM or Ctrl-C training stops at
+    the next step that can have one, with one, and raises `KeyboardInterrupt`; a second signal stops it at once."""
     from transformers import TrainerCallback, TrainerState
     from transformers.trainer_utils import get_last_checkpoint
 
     class Keeper(TrainerCallback):
-        stopped = False
+        stopped = due = False
 
         def stop(self, *_):
             if self.stopped:
                 raise KeyboardInterrupt("stopped at once: the same command resumes from the last checkpoint")
             self.stopped = True
 
+        def on_train_begin(self, args, state, control, **_):
+            self.start = time.monotonic() - max((entry["seconds"] for entry in state.log_history), default=0.0)
+
+        def on_log(self, args, state, control, logs, **_):
+            state.log_history[-1]["seconds"] = time.monotonic() - self.start
+            if "train_runtime" in logs:  # a summary of this part alone
+                state.log_history.pop()
+
         def on_step_end(self, args, state, control, **_):
-            control.should_save |= self.stopped
-            control.should_training_stop |= self.stopped
+            rollout = getattr(args, "steps_per_generation", 1) * getattr(args, "num_iterations", 1)
+            between = state.global_step * args.gradient_accumulation_steps % rollout == 0
+            self.due |= control.should_save or self.stopped
+            control.should_save = self.due and (between or state.global_step >= state.max_steps)
+            self.due &= not control.should_save
+            control.should_training_stop |= self.stopped and control.should_save
 
         def on_save(self, args, state, control, **_):
             if state.is_world_process_zero:
@@ -205,6 +287,7 @@ def run_trainer(trainer, resume: bool) -> list[dict]:
         trainer._load_from_checkpoint(last)  # finished: `train` would take one more step
         return state.log_history
     trainer.add_callback(keeper)
+    trainer._save_checkpoint = storage.named(trainer.args.output_dir)(trainer._save_checkpoint)
     if trainer.args.save_total_limit == 1:
         trainer.args.save_total_limit = 2  # the one before serves until the new one is certified
     if threading.current_thread() is threading.main_thread():
@@ -240,14 +323,19 @@ def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -
 
     if run not in experiment.runs:
         raise ValueError(f"The experiment {experiment.name} has no run {run!r}. It has: {', '.join(experiment.runs)}.")
+    storage.check_names(str(seed))
     method, settings = experiment.runs[run]["method"], experiment.settings(run, seed)
     folder, use_cpu = experiment.folder(run, seed), settings.get("use_cpu", False)
     specs, name = (experiment.student, experiment.teacher), f"{experiment.name}/{run}/{seed}"
-    problems = experiment.problems("train", shared_tokenizer(*specs))
+    check_machine(settings, folder, storage.CHECKPOINTS)
+    problems, task = experiment.problems("train", shared_tokenizer(*specs)), load_task(experiment.task["name"])
+    first = {key: [value] for key, value in problems[0].items()}
+    reward(task)([""], prompts=first.pop("prompt"), **first)  # raises before weights are read
     made_from = {"method": method, "settings": settings, "problems": problems, "models": [*map(vars, specs)]}
     made_by = storage.fingerprint(made_from, [file for spec in specs for file in spec.files()])
-    if (folder / RECORD).is_file() and json.loads((folder / RECORD).read_text())["fingerprint"] == made_by:
+    if (folder / RECORD).is_file() and storage.read(folder / RECORD).get("fingerprint") == made_by:
         print(f"{folder} is finished.")
+        storage.drop(storage.CHECKPOINTS / name)  # of a run that was killed before it did
         return folder
     main, together = int(os.environ.get("RANK", "0")) == 0, int(os.environ.get("WORLD_SIZE", "1")) > 1
     with storage.locked(name) if main else contextlib.nullcontext():
@@ -259,21 +347,22 @@ def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -
         device, dtype, log = student.device, pick_dtype(student.device), []
         if method != START:
             settings = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16, **settings}
-            is_correct = load_task(experiment.task["name"]).is_correct
             with steps_to(checkpoints / "steps.txt"):
-                log = distil(method, student, teacher, tokenizer, problems, is_correct, checkpoints, resume, settings)
+                log = distil(method, student, teacher, tokenizer, problems, reward(task), checkpoints, resume, settings)
         if not main:
             return folder
         record = {"run": run, "method": method, "seed": seed, "settings": settings, "task": experiment.task}
         record |= {"student": specs[0].model, "gguf_file": specs[0].gguf_file, "revision": specs[0].revision}
         record |= {"teacher": specs[1].model, "parameters": student.num_parameters()}
         record |= {"memory": memory and memory | {"taken_gib": taken(device) / GIB}, "provenance": storage.provenance()}
-        record |= {"fingerprint": made_by, "measured": None}
-        with storage.whole(folder) as unfinished:
+        record |= {"experiment": dataclasses.asdict(experiment), "fingerprint": made_by, "measured": None}
+        with storage.whole(folder) as unfinished, storage.named(folder):
             student.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
-            storage.write_table(pd.DataFrame(log or {"step": []}), unfinished / TRAINING)
+            storage.write_table(pd.DataFrame(log or {"step": []}).sort_index(axis=1), unfinished / TRAINING)
             storage.write_json(record, unfinished / RECORD)
+            if (checkpoints / "runs").is_dir():  # TensorBoard's
+                (checkpoints / "runs").rename(unfinished / "runs")
         storage.drop(checkpoints)
     return folder
 
@@ -296,9 +385,10 @@ def fit(experiment: Experiment, run: str) -> dict[str, Any]:
     return {"device": device_name(device), "threads": torch.get_num_threads(), "summed_gib": peak(items) / GIB}
 
 
-def load_trained(experiment: Experiment, run: str, seed: int) -> tuple:
-    """(student, teacher, tokenizer) of a trained run. Raises `FileNotFoundError` if it has not been trained."""
-    folder, student = experiment.folder(run, seed), experiment.student
+def load_trained(experiment: Experiment, run: str, seed: int, folder: Path | None = None) -> tuple:
+    """(student, teacher, tokenizer) of a trained run, saved in its own folder unless in `folder`. Raises
+    `FileNotFoundError` if it has not been trained."""
+    folder, student = folder or experiment.folder(run, seed), experiment.student
     if not (folder / RECORD).is_file():
         raise FileNotFoundError(f"There is no trained student at {folder}: train {run} with seed {seed} first.")
     if student.trains_adapter:
@@ -324,7 +414,7 @@ def measure(experiment: Experiment, pair: tuple, seed: int, problems: list[dict]
     if problems is None:
         problems = experiment.problems(settings.split, tokenizer)[: settings.prompts]
     arguments = {"samples": settings.samples, "greedy": settings.greedy, "batch_size": settings.batch_size}
-    arguments["max_completion_length"] = experiment.train["max_completion_length"]
+    arguments["max_completion_length"] = experiment.train.get("max_completion_length", 256)
     device, task = student.device, load_task(experiment.task["name"])
     # as in training: float32 weights compute in the device's dtype
     with torch.autocast(device.type, pick_dtype(device), enabled=device.type == "cuda"):
@@ -337,16 +427,17 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
 
     results = RESULTS / experiment.name
     for run, seed in [(run, seed) for run in runs for seed in seeds]:
+        check_machine({}, results)
         folder = train(experiment, run, seed)
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        if record["measured"]:
+        record = storage.read(folder / RECORD)
+        if record["measured"] and (results / "completions" / run / f"{seed}.csv").is_file():
             continue
         pair = load_trained(experiment, run, seed)
         completions, positions = measure(experiment, pair, seed)
         problems = experiment.problems(experiment.evaluate.split, pair[-1])
         texts = completions.query("decoding == 'sampled'")[["prompt", "completion"]]
         texts = texts.assign(prompt=[problems[index]["prompt"] for index in texts["prompt"]])  # what `judge` reads
-        training = pd.read_csv(folder / TRAINING).reindex(columns=[*LOGGED, *PHASES]).dropna(subset="csr")
+        training = storage.read(folder / TRAINING).reindex(columns=[*LOGGED, *PHASES]).dropna(subset="csr")
         tables = {"completions": completions.drop(columns="completion"), "positions": positions, "texts": texts}
         for name, table in (tables | {"training": training}).items():
             table = table.assign(run=run, seed=seed)
@@ -364,12 +455,39 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
     storage.write_table(times.reset_index(), results / "timing.csv")
     storage.write_json(storage.provenance(), results / "provenance.json")
     storage.write_text(yaml.safe_dump(dataclasses.asdict(experiment), sort_keys=False), results / "profile.yaml")
-    print(f"Summary of {summary['run'].nunique()} runs: {results}/summary.csv")
+    print(f"Summary of {summary['run'].nunique()} runs: {results}/summary.csv\n{shown(summary)}")
+
+
+def trained(folder: Path, **changes) -> tuple[Experiment, str, int]:
+    """(experiment, run, seed) of the trained student in `folder`, from what cmdp.json beside it says. `changes` are
+    fields of `Evaluation`, None for those to leave. Raises `FileNotFoundError` if there is no such student."""
+    if not (folder / RECORD).is_file():
+        raise FileNotFoundError(f"There is no {RECORD} in {folder}: name the folder of a trained student.")
+    record = storage.read(folder / RECORD)
+    if "experiment" not in record:
+        raise ValueError(f"{folder / RECORD} does not say what to measure: train the student with this version.")
+    content = record["experiment"]
+    content["evaluate"] |= {name: value for name, value in changes.items() if value is not None}
+    return build(content, str(folder / RECORD)), record["run"], record["seed"]
+
+
+def evaluate(folder: Path, **changes) -> pd.DataFrame:
+    """Measure a trained student again, see `trained`. Returns the means, as `summarise`. Raises `ValueError` for a
+    split that there is not."""
+    experiment, run, seed = trained(folder, **changes)
+    completions, _ = measure(experiment, load_trained(experiment, run, seed, folder), seed)
+    return summarise(completions.assign(run=run, seed=seed), **vars(experiment.budget))
+
+
+def shown(summary: pd.DataFrame) -> str:
+    """The means that decide between runs, as a table: a row per run."""
+    means = summary.pivot(index="run", columns="measure", values="mean")
+    return means[["accuracy", "csr", "cost", "kl_per_token"]].to_string(float_format="{:.3f}".format)
 
 
 def gather(results: Path, table: str) -> pd.DataFrame:
     """One table of all runs and seeds measured so far."""
-    return pd.concat([pd.read_csv(path) for path in sorted((results / table).glob("*/*.csv"))], ignore_index=True)
+    return pd.concat(map(storage.read, sorted((results / table).glob("*/*.csv"))), ignore_index=True)
 
 
 @contextlib.contextmanager

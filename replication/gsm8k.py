@@ -24,10 +24,10 @@ def check_gsm8k(source: str | Path, seed: int = 0) -> dict:
     rng = random.Random(seed)
     counts = dict.fromkeys(("problems", "accepted", "refused", "valid"), 0)
     annotated, written = ({"read": 0, "unread": 0, "wrong": 0} for _ in range(2))
-    flagged, caught = [], []
+    flagged, caught, data = [], [], tasks.read(source)
     for split in ("train", "test"):
-        rows = tasks.read(source, split, gsm.HUB, ("question", "answer"))
-        golds = [row["answer"] for row in gsm.read(source, split)]
+        rows = data[split]
+        golds = [gsm.parse(row)["answer"] for row in rows]
         for index, (row, gold) in enumerate(zip(rows, golds, strict=True)):
             solution = row["answer"]
             other = next((g for g in golds[index + 1 :] + golds if answers.number(g) != answers.number(gold)), "")

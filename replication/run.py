@@ -1,7 +1,5 @@
 """The pipeline's training stages: start models, runs, and trials of tuning."""
 
-import itertools
-
 import pandas as pd
 import torch
 
@@ -23,7 +21,7 @@ from cmdp.train import (
     steps_to,
     train,
 )
-from replication.experiments import CHOSEN, COLUMNS, EXPERIMENTS, PARAMS, RESULTS, START, row
+from replication.experiments import CHOSEN, COLUMNS, EXPERIMENTS, PARAMS, RESULTS, START, row, sections
 
 MEASURES = {"accuracy": "correct", "csr": "satisfied", "cost": "cost"}  # of a trial, and their columns
 
@@ -33,14 +31,15 @@ def pretrain(role: str) -> None:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    params = storage.read_yaml(PARAMS)
-    if role not in params["start"]:
-        raise ValueError(f"{PARAMS} has no start model {role!r}. It has: {', '.join(params['start'])}.")
-    shape = dict(params["start"][role])
-    settings = params["supervised"] | {key: shape.pop(key) for key in ("max_steps", "learning_rate")}
-    tokenizer = build_tokenizer(load_task(params["task"]["name"]).vocabulary())
+    storage.check_names(role)
+    roles, supervised, task = sections(PARAMS, "start", "supervised", "task")
+    if role not in roles:
+        raise ValueError(f"{PARAMS} has no start model {role!r}. It has: {', '.join(roles)}.")
+    shape = dict(roles[role])
+    settings = supervised | {key: shape.pop(key) for key in ("max_steps", "learning_rate")}
+    tokenizer = build_tokenizer(load_task(task["name"]).vocabulary())
     model = build_model(tokenizer, **shape, seed=settings["seed"])
-    problems = load_problems(params["task"])["supervised"]
+    problems = load_problems(task)["supervised"]
     made_by = storage.fingerprint({"shape": shape, "settings": settings, "problems": problems}, [])
     checkpoints, resume = storage.checkpoint_folder(f"start/{role}", made_by)
     texts = ([problem[key] for problem in problems] for key in ("prompt", "solution"))
@@ -55,7 +54,7 @@ def pretrain(role: str) -> None:
     trainer = SFTTrainer(model, args, train_dataset=Dataset.from_list(encoded), processing_class=tokenizer)
     with steps_to(checkpoints / "steps.txt"):
         log = run_trainer(trainer, resume)
-    with storage.whole(START / role) as folder:
+    with storage.whole(START / role) as folder, storage.named(folder):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     storage.drop(checkpoints)
@@ -65,18 +64,18 @@ def pretrain(role: str) -> None:
 
 def experiment(name: str, start: str, runs: dict[str, dict]) -> Experiment:
     """The experiment of params.yaml, with `runs`, from the student `start`."""
-    params = storage.read_yaml(PARAMS)
-    evaluate = Evaluation(**{key: value for key, value in params["evaluate"].items() if key != "longer"})
+    task, budget, trained, measured = sections(PARAMS, "task", "budget", "train", "evaluate")
+    evaluate = Evaluation(**measured)
     models = {"student": ModelSpec(str(START / start)), "teacher": ModelSpec(str(START / "teacher"))}
-    shared = {"task": params["task"], "budget": Budget(**params["budget"]), "train": params["train"], "seeds": []}
+    shared = {"task": task, "budget": Budget(**budget), "train": trained, "seeds": []}
     return Experiment(name=name, runs=runs, evaluate=evaluate, **models, **shared)
 
 
 def run(key: str) -> None:
     """Train and measure one run, all of its seeds: results/runs/PART/KEY. Raises `ValueError` if there is no such run,
     or tuning has chosen no settings for it."""
-    this, chosen = row(key), storage.read_yaml(CHOSEN)["runs"]
-    if this.tuned not in chosen:
+    this, (chosen,) = row(key), sections(CHOSEN, "runs")
+    if not isinstance(chosen.get(this.tuned), dict):
         raise ValueError(f"{CHOSEN} has no settings of {this.tuned!r}: give it trials in {EXPERIMENTS}, and tune it.")
     planned = experiment(this.part, this.start, {key: {"method": this.method, **chosen[this.tuned], **this.settings}})
     found = [_measured(planned, key, seed, compact=this.part != "default") for seed in this.seeds]
@@ -90,12 +89,12 @@ def _measured(planned: Experiment, key: str, seed: int, compact: bool) -> dict[s
     """The tables of one run and seed. `compact` leaves out what only the default experiment shows: the training curve
     and the cost by position."""
     folder = train(planned, key, seed, check_fit=False)
-    pair, params = load_trained(planned, key, seed), storage.read_yaml(PARAMS)
+    pair, (task,) = load_trained(planned, key, seed), sections(PARAMS, "task")
     completions, positions = measure(planned, pair, seed)
-    problems = load_problems(params["task"])[planned.evaluate.split]
-    log = pd.read_csv(folder / TRAINING)
+    problems = load_problems(task)[planned.evaluate.split]
+    log = storage.read(folder / TRAINING)
     steps = log[log["csr"].notna()] if "csr" in log else log.iloc[:0]
-    times = {"steps": planned.train["max_steps"], "seconds": log.get("train_runtime", pd.Series(dtype=float)).sum()}
+    times = {"steps": planned.train["max_steps"], "seconds": log.get("seconds", pd.Series([0.0])).max()}
     times |= {"parameters": pair[0].num_parameters(), **steps.reindex(columns=PHASES).median()}
     kept = completions[[name for name in COLUMNS if name != "seed"]].round(4)
     tables = {"completions": kept, "exact": chances(pair[0], pair[-1], problems), "times": pd.DataFrame([times])}
@@ -129,12 +128,13 @@ def trial(name: str) -> None:
     """Tune one entry of experiments.yaml on validation prompts: results/tuning/NAME.csv.
 
     Every entry has as many trials. The first takes each parameter's `start`; the next ones step from the best so far to
-    its neighbours on each ladder (a factor of `ladder` up or down), so that no best is left at an edge while trials last.
+    its neighbours on each ladder (factors of `ladder`), so that no best is left at an edge while trials last.
     """
-    tuning, params = storage.read_yaml(EXPERIMENTS)["tuning"], storage.read_yaml(PARAMS)
+    (tuning,), (task, default) = sections(EXPERIMENTS, "tuning"), sections(PARAMS, "task", "budget")
+    storage.check_names(name)
     if name not in tuning["entries"]:
         raise ValueError(f"{EXPERIMENTS} tunes no {name!r}, but {', '.join(tuning['entries'])}.")
-    entry, problems = tuning["entries"][name], load_problems(params["task"])["validation"]
+    entry, problems = tuning["entries"][name], load_problems(task)["validation"]
     start = tuning["start"] | entry.get("start", {})
     names, tried = list(start), {}
     while len(tried) < tuning["trials"]:
@@ -148,7 +148,7 @@ def trial(name: str) -> None:
             train(planned, key, seed, check_fit=False)
             pair = load_trained(planned, key, seed)
             completions, _ = measure(planned, pair, seed, problems, samples=tuning["samples"], greedy=False)
-            budget = entry["fixed"].get("budget", params["budget"]["budget"])
+            budget = entry["fixed"].get("budget", default["budget"])
             sampled = with_budget(completions, budget)
             means = {measure: float(sampled[column].mean()) for measure, column in MEASURES.items()}
             rows.append({"trial": len(tried), "seed": seed, **entry["fixed"], **values, **means})

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cmdp.tasks import competition_math as math
-from cmdp.tasks import load_task
+from cmdp.tasks import load_problems, load_task
 
 
 def row(n: int, **more: str) -> dict[str, str]:
@@ -17,6 +17,10 @@ def write(path, rows) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def problems(source, sizes, seed, **test):
+    return load_problems({"name": "competition_math", "source": source, "sizes": sizes, "seed": seed, **test})
+
+
 @pytest.fixture
 def folder(tmp_path):
     write(tmp_path / "train.jsonl", [row(n) for n in range(10, 30)])
@@ -25,7 +29,7 @@ def folder(tmp_path):
 
 
 def test_problems_are_read_with_the_last_box_as_answer_and_share_no_question(folder):
-    splits = math.problems(folder, {"test": None, "validation": 3, "train": None}, seed=0)
+    splits = problems(folder, {"test": None, "validation": 3, "train": None}, seed=0)
     # five of the training questions are asked in the test split
     assert {name: len(rows) for name, rows in splits.items()} == {"test": 15, "validation": 3, "train": 12}
     assert splits["test"][2]["answer"] == "\\frac{2}{7}"
@@ -39,15 +43,15 @@ def test_problems_are_read_with_the_last_box_as_answer_and_share_no_question(fol
 
 def test_the_test_split_may_come_from_elsewhere(folder, tmp_path):
     write(tmp_path / "elsewhere.jsonl", [row(n, answer="1") for n in (12, 99)])
-    splits = math.problems(folder, {"test": None, "train": None}, seed=0, test=tmp_path / "elsewhere.jsonl")
+    splits = problems(folder, {"test": None, "train": None}, seed=0, test=tmp_path / "elsewhere.jsonl")
     assert [problem["answer"] for problem in splits["test"]] == ["1", "1"]
     assert len(splits["train"]) == 19
 
 
 def test_a_solution_without_an_answer_is_named(folder):
     write(folder / "train.jsonl", [{"problem": "?", "solution": "The answer is 7"}])
-    with pytest.raises(ValueError, match="this has none: 'The answer is 7'"):
-        math.problems(folder, {"train": 1}, seed=0)
+    with pytest.raises(ValueError, match=r"row 1: its solution has no answer in .*'The answer is 7'"):
+        problems(folder, {"train": 1}, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +65,7 @@ def test_a_solution_without_an_answer_is_named(folder):
     ],
 )
 def test_gold_answers_are_read_from_every_kind_of_box(solution, answer):
-    gold = math.gold({"solution": solution})
+    gold = math.parse({"solution": solution})["answer"]
     assert gold == answer
     assert math.is_correct(f"$\\boxed{{{answer}}}$", gold)
 

@@ -26,6 +26,10 @@ def write(path, rows) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def problems(source, sizes, seed, tokenizer=None):
+    return tasks.load_problems({"name": "gsm", "source": source, "sizes": sizes, "seed": seed}, tokenizer)
+
+
 @pytest.fixture
 def folder(tmp_path):
     write(tmp_path / "train.jsonl", [row(a, 1) for a in range(1000, 1030)])
@@ -34,7 +38,7 @@ def folder(tmp_path):
 
 
 def test_problems_are_read_from_files_without_annotations_and_with_the_answer_alone(folder):
-    splits = gsm.problems(folder, {"test": 4, "validation": 5, "train": None}, seed=0)
+    splits = problems(folder, {"test": 4, "validation": 5, "train": None}, seed=0)
     assert {name: len(rows) for name, rows in splits.items()} == {"test": 4, "validation": 5, "train": 25}
     assert splits["test"][3] == {
         "prompt": f"{gsm.INSTRUCTION}\n\nQuestion: Ana has 3 plums and gets 2. How many?\nAnswer:",
@@ -48,17 +52,17 @@ def test_problems_are_read_from_files_without_annotations_and_with_the_answer_al
 
 def test_what_is_held_out_depends_on_the_seed_alone(folder):
     sizes = {"test": 4, "validation": 5, "train": 10}
-    first = gsm.problems(folder, sizes, seed=0)
-    assert gsm.problems(folder, sizes, seed=0) == first
-    other = gsm.problems(folder, sizes, seed=1)
+    first = problems(folder, sizes, seed=0)
+    assert problems(folder, sizes, seed=0) == first
+    other = problems(folder, sizes, seed=1)
     assert other["validation"] != first["validation"]
     assert other["test"] == first["test"]
-    assert gsm.problems(folder, {**sizes, "train": None}, seed=0)["validation"] == first["validation"]
+    assert problems(folder, {**sizes, "train": None}, seed=0)["validation"] == first["validation"]
 
 
 def test_a_question_of_the_test_split_is_dropped_from_training_whatever_part_is_tested(folder):
     write(folder / "train.jsonl", [row(9, 2), row(500, 1), row(500, 1), row(501, 1)])
-    splits = gsm.problems(folder, {"test": 1, "train": None}, seed=0)
+    splits = problems(folder, {"test": 1, "train": None}, seed=0)
     assert sorted(problem["answer"] for problem in splits["train"]) == ["501", "502"]
     asked = "ana has 9 plums, and  gets 2. How many"
     assert asked != row(9, 2)["question"]
@@ -68,22 +72,22 @@ def test_a_question_of_the_test_split_is_dropped_from_training_whatever_part_is_
 
 def test_mistakes_in_the_source_are_named(folder, tmp_path):
     with pytest.raises(ValueError, match="30 problems left for 'train', and 31"):
-        gsm.problems(folder, {"train": 31}, seed=0)
-    with pytest.raises(FileNotFoundError, match="No problems at nowhere"):
-        gsm.problems("nowhere", {"train": 1}, seed=0)
+        problems(folder, {"train": 31}, seed=0)
+    with pytest.raises(FileNotFoundError, match="nowhere is no file or folder here"):
+        problems("nowhere", {"train": 1}, seed=0)
     write(folder / "test.jsonl", [{"question": "?", "solution": "1"}])
-    with pytest.raises(ValueError, match=r"Problem 1 of .* has no text in \['answer'\]"):
-        gsm.problems(folder, {"train": 1}, seed=0)
+    with pytest.raises(ValueError, match=r"\(test\), row 1: .* \(columns: question, solution\)"):
+        problems(folder, {"train": 1}, seed=0)
     write(folder / "test.jsonl", [{"question": "?", "answer": "It is 1."}])
     with pytest.raises(ValueError, match="ends in `#### n`"):
-        gsm.problems(folder, {"train": 1}, seed=0)
+        problems(folder, {"train": 1}, seed=0)
     (folder / "test.jsonl").write_text("not JSON\n")
-    with pytest.raises(ValueError, match="is neither JSONL, one problem per line"):
-        gsm.problems(folder, {"train": 1}, seed=0)
+    with pytest.raises(ValueError, match=r"test\.jsonl, line 1, is no JSON object"):
+        problems(folder, {"train": 1}, seed=0)
 
 
 def test_offline_and_not_cached_says_what_to_do(tmp_path):
-    code = "from cmdp.tasks import gsm; gsm.problems('openai/gsm8k', {'test': 1}, 0)"
+    code = "from cmdp.tasks import read; read('openai/gsm8k')"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     process = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
@@ -91,7 +95,7 @@ def test_offline_and_not_cached_says_what_to_do(tmp_path):
     assert (
         process.stderr.strip()
         .splitlines()[-1]
-        .startswith("FileNotFoundError: openai/gsm8k is neither cached nor reachable")
+        .startswith("FileNotFoundError: openai/gsm8k is no file or folder here, nor cached or reachable on the Hub")
     )
     assert "unset HF_HUB_OFFLINE" in process.stderr
     assert "train.jsonl" in process.stderr
@@ -99,28 +103,28 @@ def test_offline_and_not_cached_says_what_to_do(tmp_path):
 
 def test_symbolic_problems_are_generated_offline_disjoint_and_repeatable():
     sizes = {"test": 30, "validation": 30, "train": 60}
-    splits = gsm.problems("gsm-symbolic", sizes, seed=0)
+    splits = problems("gsm-symbolic", sizes, seed=0)
     assert {name: len(rows) for name, rows in splits.items()} == sizes
     rows = [row for split in splits.values() for row in split]
     assert len({row["prompt"] for row in rows}) == len(rows)
     assert all(gsm.is_correct(row["solution"], row["answer"]) for row in rows)
     assert all(equation.holds for row in rows for equation in equations(row["solution"]))
     assert not any("Do not include units" in row["prompt"] for row in rows)
-    assert gsm.problems("gsm-symbolic", sizes, seed=0) == splits
-    assert gsm.problems("gsm-symbolic", {"test": 30}, seed=0)["test"] == splits["test"]
-    assert gsm.problems("gsm-symbolic", sizes, seed=1)["test"] != splits["test"]
+    assert problems("gsm-symbolic", sizes, seed=0) == splits
+    assert problems("gsm-symbolic", {"test": 30}, seed=0)["test"] == splits["test"]
+    assert problems("gsm-symbolic", sizes, seed=1)["test"] != splits["test"]
     with pytest.raises(ValueError, match="say how many"):
-        gsm.problems("gsm-symbolic", {"train": None}, seed=0)
+        problems("gsm-symbolic", {"train": None}, seed=0)
 
 
 def test_prompts_follow_the_chat_template_and_encode_to_what_they_say(folder):
     from cmdp.models import build_tokenizer
 
     tokenizer = build_tokenizer(["plums"])
-    plain = gsm.problems(folder, {"test": 1}, seed=0, tokenizer=tokenizer)["test"][0]["prompt"]
+    plain = problems(folder, {"test": 1}, seed=0, tokenizer=tokenizer)["test"][0]["prompt"]
     assert plain.endswith("\nAnswer:")
     tokenizer.chat_template = TEMPLATE
-    prompt = gsm.problems(folder, {"test": 1}, seed=0, tokenizer=tokenizer)["test"][0]["prompt"]
+    prompt = problems(folder, {"test": 1}, seed=0, tokenizer=tokenizer)["test"][0]["prompt"]
     question = "Ana has 0 plums and gets 2. How many?"
     assert prompt == f"<|user|>{question}\n\n{gsm.INSTRUCTION}<|end|><|assistant|>"
 

@@ -163,7 +163,7 @@ pair = load_pair(ModelSpec(student, lora={}), ModelSpec(teacher), True)
 settings = dict(max_steps=2, per_device_train_batch_size=8, num_generations=4, max_completion_length=96,
                 use_cpu=True, save_strategy="no", budget=0.001, lam=1.0, optim="adamw_torch")
 problems = [{"prompt": " ".join("abcdefgh" * 4), "answer": "a"}] * 4
-distil("cmdp-overshoot", *pair, problems, lambda completion, answer: False, Path(out), False, settings)
+distil("cmdp-overshoot", *pair, problems, lambda completions, **_: [0.0] * len(completions), Path(out), False, settings)
 print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 

@@ -88,8 +88,8 @@ def distil(student, teacher, tokenizer, out, **changes) -> list[dict]:
     problems = [{"prompt": prompt, "answer": "c"} for prompt in ("a b c", "d e", "f g h", "i j")]
     settings = TRAIN | changes
 
-    def right(completion: str, answer: str) -> bool:
-        return answer in completion
+    def right(completions: list[str], answer: list[str], **_) -> list[float]:
+        return [float(a in completion) for completion, a in zip(completions, answer, strict=True)]
 
     return train.distil("cmdp-overshoot", student, teacher, tokenizer, problems, right, out, False, settings)
 

@@ -1,32 +1,104 @@
-"""Tasks: the problems, what counts as a correct answer, and what counts as valid reasoning.
+"""Tasks: the problems, the task reward, and what counts as valid reasoning.
 
-A task is a module with `problems(...)`, its problems by split (rows with `prompt`, `answer` and `solution`);
-`is_correct(completion, answer)`, the task reward; and `steps_are_valid(completion, prompt)`.
+A task is `arithmetic`, whose problems are generated; a reward on a dataset of one's own: `gsm`, `competition_math`,
+`exact`, or `PATH.py:function`; and always a module, or a namespace, with `steps_are_valid(completion, prompt)` and
+`is_correct(completion, answer)` or, in TRL's signature, `reward(completions, **columns)`.
 """
 
-import importlib
+import importlib.util
 import inspect
 import json
+import math
 import random
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
-NAMES = ("arithmetic", "gsm", "competition_math")
+NAMES = {name: name for name in ("arithmetic", "gsm", "competition_math", "exact")}
+NAMES |= {"gsm8k": "gsm", "math": "competition_math"}  # as the datasets are called
+QUESTIONS = ("prompt", "question", "problem")  # columns that are looked for
+SUBJECTS = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus"
+HUB = {"openai/gsm8k": "main", "EleutherAI/hendrycks_math": SUBJECTS}  # configurations that are read
+RESERVED = ("prompts", "completion", "completions", "completion_ids")  # arguments of a reward that are no columns
+FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
-def load_task(name: str) -> ModuleType:
-    """The task's module. Raises `ValueError` for a name that is not one of `NAMES`."""
+def load_task(name: str) -> ModuleType | SimpleNamespace:
+    """The task of a name in `NAMES`, or of the reward function that PATH.py:function names.
+
+    Raises `ValueError` for an unknown name, or a file that does not run or lacks the function, and `FileNotFoundError`
+    where there is no such file."""
+    path, _, function = str(name).rpartition(":")
+    if path.endswith(".py"):
+        return SimpleNamespace(reward=_own_reward(Path(path), function), steps_are_valid=lambda *_: math.nan)
+    if name == "exact":
+        right = {"is_correct": lambda completion, answer: completion.strip() == answer, "parse": _stripped}
+        return SimpleNamespace(**right, steps_are_valid=lambda *_: math.nan)
     if name not in NAMES:
-        raise ValueError(f"The task is one of {NAMES}, not {name!r}.")
-    return importlib.import_module(f"cmdp.tasks.{name}")
+        raise ValueError(f"The task is one of {', '.join(NAMES)} or PATH.py:function, not {name!r}.")
+    return importlib.import_module(f"cmdp.tasks.{NAMES[name]}")
+
+
+def _own_reward(path: Path, name: str) -> Callable:
+    """The function `name` of the file `path`, which is run, as a reward that says in one line what is wrong with it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no {path} in {Path.cwd()}: name a reward as PATH.py:function.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        sys.path.insert(0, str(path.parent))
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises
+        raise ValueError(f"{path} does not run: {_said(error)}") from error
+    finally:
+        sys.path.remove(str(path.parent))
+    function = getattr(module, name, None)
+    if not inspect.isfunction(function):
+        functions = ", ".join(key for key, value in vars(module).items() if inspect.isfunction(value))
+        raise ValueError(f"{path} has no function {name!r}. It has: {functions or 'none'}.")
+
+    def reward(completions, prompts, completion_ids=None, trainer_state=None, log_extra=None, log_metric=None, **rows):
+        try:  # with what training and evaluation both have
+            found = [float(value) for value in function(completions=completions, prompts=prompts, **rows)]
+        except Exception as error:
+            raise ValueError(f"{path}:{name} raised {_said(error)}") from error
+        if len(found) != len(completions) or not all(0 <= value <= 1 for value in found):
+            wrong = [value for value in found if not 0 <= value <= 1][:1]
+            given = f"{wrong[0]:g}" if wrong else f"{len(found)} for {len(completions)} completions"
+            raise ValueError(f"{path}:{name} returns one reward in [0, 1] for each completion, not {given}.")
+        return found
+
+    return reward
+
+
+def _stripped(row: dict) -> dict[str, str]:
+    if row.get("answer") is None:
+        raise ValueError(f"has no answer in its columns {', '.join(row)}")
+    return {"answer": str(row["answer"]).strip(), "solution": ""}
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+
+
+def reward(task) -> Callable[..., list[float]]:
+    """The task's reward in TRL's signature, `(completions, prompts, **columns) -> list[float]`."""
+
+    def right(completions, answer, **_) -> list[float]:
+        return [float(task.is_correct(*pair)) for pair in zip(completions, answer, strict=True)]
+
+    return getattr(task, "reward", right)
 
 
 def load_problems(settings: Mapping, tokenizer=None) -> dict[str, list[dict]]:
     """The problems by split. `settings`, the `task` section of a parameter file, has the task's `name` and the
-    arguments of its `problems`. Raises `ValueError` where the name or an argument is unknown, or one is missing."""
-    problems = load_task(settings.get("name")).problems
+    arguments of its `problems`, or of `from_dataset`. Raises `ValueError` where the name or an argument is unknown, or
+    one is missing."""
+    task = load_task(settings.get("name"))
+    problems = getattr(task, "problems", None) or partial(from_dataset, task)
     signature = inspect.signature(problems)
     arguments = {key: value for key, value in settings.items() if key not in ("name", "prompt_length")}
     arguments |= {"tokenizer": tokenizer} if "tokenizer" in signature.parameters else {}
@@ -38,79 +110,158 @@ def load_problems(settings: Mapping, tokenizer=None) -> dict[str, list[dict]]:
     return problems(**arguments)
 
 
-def read(source: str | Path, split: str, hub: Mapping[str, tuple], fields: tuple[str, ...]) -> list[dict]:
-    """The rows of a split ("train" or "test"), each with a text in all `fields`.
+def from_dataset(
+    task,
+    source: str | Path,
+    sizes: Mapping[str, int | None],
+    seed: int,
+    test: str | Path | None = None,
+    tokenizer=None,
+    prompt_column: str | None = None,
+    answer_column: str | None = None,
+    instruction: str | None = None,
+    chat_template_kwargs: dict | None = None,
+) -> dict[str, list[dict]]:
+    """Disjoint splits of `sizes` problems (see `cut`), each a row of `prompt`, `answer` and `solution`, or for a reward
+    function of one's own of `prompt` and the dataset's columns.
 
-    `source` is a data set on the Hub, if `hub` has it with the configurations to read; a folder with `<split>.jsonl`,
-    `<split>.parquet` or `<split>-*.parquet`; or such a file. Raises `FileNotFoundError` where there is nothing, or the
-    data set is neither cached nor reachable, and `ValueError` where a file cannot be read or a row lacks a field."""
-    path = Path(source)
-    names = (f"{split}.jsonl", f"{split}.parquet", f"{split}-*.parquet")
-    files = [path] if path.is_file() else next(filter(None, (sorted(path.glob(name)) for name in names)), [])
-    if str(source) in hub and not path.exists():
-        from datasets import load_dataset
+    Args:
+        source: what `read` reads; or, in its place, what the task generates by this name in `GENERATED`.
+        test: where the test split comes from, if elsewhere.
+        prompt_column: the first of `QUESTIONS` that there is, unless given. A list of messages goes through the chat
+            template, and text in `prompt` is taken as it stands. Text in any other column is a question: with the
+            instruction, the user's turn of the template, or plain text if the tokenizer has none.
+        answer_column: takes the place of `answer`.
+        instruction: takes the place of the task's.
 
-        try:
-            rows = [row for name in hub[str(source)] for row in load_dataset(str(source), name, split=split)]
-        except (OSError, ValueError) as error:  # offline and not cached, or no connection
-            raise FileNotFoundError(
-                f"{source} is neither cached nor reachable on the Hub ({type(error).__name__}): unset HF_HUB_OFFLINE "
-                f"to download it, or give a folder with {split}.jsonl or {split}.parquet."
-            ) from error
-    elif files:
-        try:
-            if files[0].suffix == ".parquet":
-                from pyarrow.parquet import read_table
+    Raises `ValueError` where a row lacks a column or has no valid answer, and what `read` and `cut` raise.
+    """
 
-                rows = read_table(files).to_pylist()
-            else:
-                lines = files[0].read_text(encoding="utf-8").split("\n")
-                rows = [json.loads(line) for line in lines if line.strip()]
-        except ValueError as error:  # neither UTF-8 nor JSON, or no parquet
-            raise ValueError(f"{files[0]} is neither JSONL, one problem per line, nor parquet: {error}") from error
-    else:
-        raise FileNotFoundError(f"No problems at {path}: give {', '.join(names)} or one of {', '.join(hub)}.")
-    for index, row in enumerate(rows, 1):
-        if missing := [name for name in fields if not isinstance(row, dict) or not isinstance(row.get(name), str)]:
-            raise ValueError(f"Problem {index} of {source} ({split}) has no text in {missing}.")
-    return rows
+    def prompt(question: str | list, column: str) -> str:
+        asked = getattr(task, "INSTRUCTION", None) if instruction is None and column != "prompt" else instruction
+        if isinstance(question, str) and column == "prompt" and not asked:
+            return question
+        if isinstance(question, str):
+            question = question.strip()
+            messages = [{"role": "user", "content": f"{question}\n\n{asked}" if asked else question}]
+        else:
+            messages = question
+        if getattr(tokenizer, "chat_template", None):
+            options = {"tokenize": False, "add_generation_prompt": True, **(chat_template_kwargs or {})}
+            return tokenizer.apply_chat_template(messages, **options)
+        if isinstance(question, list):
+            raise ValueError("the prompt is a list of messages, and the tokenizer has no chat template")
+        return f"{asked}\n\nQuestion: {question}\nAnswer:" if asked else question
+
+    def problems(where: str, rows: list[dict]) -> list[dict]:
+        found, columns = [], [*rows[0]] if rows else []
+        column = prompt_column or next((name for name in QUESTIONS if name in columns), QUESTIONS[0])
+        if missing := [name for name in (column, answer_column) if name and name not in columns]:
+            raise ValueError(f"{where} has no column {missing[0]!r}. It has: {', '.join(columns) or 'no rows'}.")
+        for number, row in enumerate(rows, 1):
+            try:
+                if not row[column] or not isinstance(row[column], (str, list)):
+                    raise ValueError(f"has no text in {column!r}")
+                row |= {"answer": row[answer_column]} if answer_column else {}
+                own = {name: value for name, value in row.items() if name not in RESERVED}
+                parsed = task.parse(row) if hasattr(task, "parse") else own
+                found.append({**parsed, "prompt": prompt(row[column], column)})
+            except Exception as error:  # a chat template may raise its own
+                raise ValueError(f"{where}, row {number}: {' '.join(str(error).split())}.") from error
+        return found
+
+    if source in getattr(task, "GENERATED", {}):
+        splits = task.GENERATED[source](sizes, seed).items()
+        return {
+            name: [row | {"prompt": prompt(row.pop("question"), "question")} for row in rows] for name, rows in splits
+        }
+    data = read(source)
+    held_out = read(test) if test else data
+    name = next(
+        (name for name in ("test", "validation", "train") if name in held_out and (test or name != "train")), ""
+    )
+    train = problems(f"{source} (train)", data.get("train", []))
+    return cut(train, problems(f"{test or source} ({name})", held_out[name]) if name else [], sizes, seed)
+
+
+def read(source: str | Path) -> dict[str, list[dict]]:
+    """The rows of a dataset by split: of a file (`FILES`), which is a train split; of a folder with train.jsonl and
+    test.jsonl, or train-*.parquet and the like; or of a dataset on the Hub, as NAME or NAME:CONFIGURATION.
+
+    Raises `FileNotFoundError` where there is no such file, or the dataset is neither cached nor reachable, and
+    `ValueError` where a file cannot be read."""
+    import datasets
+
+    path, (name, _, configuration) = Path(source), str(source).partition(":")
+    names = configuration or HUB.get(name, "default")
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if path.exists():
+        return {split: _read_files(files) for split, files in _files(path).items()}
+    try:
+        parts = [datasets.load_dataset(name, None if each == "default" else each) for each in names.split()]
+    except (
+        OSError,
+        ValueError,
+        datasets.exceptions.DatasetsError,
+    ) as error:  # offline and not cached, or no connection
+        hint = f"unset HF_HUB_OFFLINE to download it, or give a folder with train.jsonl ({_said(error)})."
+        raise FileNotFoundError(
+            f"{source} is no file or folder here, nor cached or reachable on the Hub: {hint}"
+        ) from error
+    return {split: [row for part in parts for row in part[split].to_list()] for split in parts[0]}
+
+
+def _files(path: Path) -> dict[str, list[Path]]:
+    """The files of a dataset on this machine, by split: those of one kind."""
+    splits = {"train": [path]} if path.is_file() else {}
+    for split in ("train", "test", "validation") if path.is_dir() else ():
+        files = [file for file in sorted(path.glob(f"{split}[.-]*")) if file.suffix in FILES]
+        splits |= {split: [file for file in files if file.suffix == files[0].suffix]} if files else {}
+    if not splits or (path.is_file() and path.suffix not in FILES):
+        raise ValueError(f"{path} is no dataset: a file ends in {', '.join(FILES)}, and a folder has train.jsonl, say.")
+    return splits
+
+
+def _read_files(files: list[Path]) -> list[dict]:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(FILES[files[0].suffix], data_files=[*map(str, files)], split="train").to_list()
+    except Exception as error:  # the builders raise what their readers do, and StopIteration for an empty file
+        said = _said(error.__cause__ or error)
+        for file in files if files[0].suffix == ".jsonl" else ():
+            for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+                try:
+                    dict(json.loads(line or "{}"))
+                except (ValueError, TypeError) as wrong:  # no JSON, or no object
+                    raise ValueError(f"{file}, line {number}, is no JSON object: {wrong}.") from error
+        raise ValueError(f"{files[0]} is empty or malformed: {said}") from error
 
 
 def cut(train: list[dict], test: list[dict], sizes: Mapping[str, int | None], seed: int) -> dict[str, list[dict]]:
     """Disjoint splits: "test" from the head of `test`, all others from `train`, shuffled by `seed`, in the order of
-    `sizes`; None takes all that is left. A question is kept once, and not in `train` if `test` has it. Raises
-    `ValueError` where there are too few problems."""
+    `sizes`; None takes all that is left. Where `test` is empty, "test" is cut from `train` too, and None takes a tenth.
+    A prompt is kept once, and not in `train` if `test` has it. Raises `ValueError` where there are too few problems."""
     tests, pool = {}, {}
     for row in test:
-        tests.setdefault(key(row["question"]), row)
+        tests.setdefault(key(row["prompt"]), row)
     for row in train:
-        if (question := key(row["question"])) not in tests:
-            pool.setdefault(question, row)
+        if (prompt := key(row["prompt"])) not in tests:
+            pool.setdefault(prompt, row)
     held_out, rest, splits = list(tests.values()), list(pool.values()), {}
     random.Random(seed).shuffle(rest)
     for name, size in sizes.items():
-        left = held_out if name == "test" else rest
-        if size is not None and size > len(left):
-            raise ValueError(f"There are {len(left)} problems left for {name!r}, and {size} were asked for.")
+        left = held_out if name == "test" and test else rest
+        if size is None:
+            size = len(left) if left is held_out or name != "test" else max(1, len(left) // 10)
+        if size > len(left) or not left:
+            raise ValueError(f"There are {len(left)} problems left for {name!r}, and {size or 'some'} were asked for.")
         splits[name] = left[:size]
         del left[:size]
     return splits
 
 
-def key(question: str) -> str:
-    """What identifies a question: its words, numbers and signs, whatever its case, punctuation and white space."""
-    return " ".join(re.findall(r"\w+|[-+*/^=<>%.]", question.lower()))
-
-
-def rendered(splits: dict[str, list[dict]], instruction: str, tokenizer) -> dict[str, list[dict[str, str]]]:
-    """The splits as rows of `prompt`, `answer` and `solution`. A prompt is the question and the instruction: the user's
-    turn of the tokenizer's chat template, which writes the special tokens, or plain text without a template."""
-
-    def render(question: str, answer: str, solution: str) -> dict[str, str]:
-        prompt = f"{instruction}\n\nQuestion: {question}\nAnswer:"
-        if tokenizer is not None and tokenizer.chat_template:
-            message = {"role": "user", "content": f"{question}\n\n{instruction}"}
-            prompt = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-        return {"prompt": prompt, "answer": answer, "solution": solution}
-
-    return {name: [render(**problem) for problem in rows] for name, rows in splits.items()}
+def key(prompt: str) -> str:
+    """What identifies a prompt: its words, numbers and signs, whatever its case, punctuation and white space."""
+    return " ".join(re.findall(r"\w+|[^\w\s,;:!?'\"]", prompt.lower())) or prompt

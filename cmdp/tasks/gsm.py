@@ -8,13 +8,10 @@ GSM8K (Cobbe et al., 2110.14168) without its calculator annotations (`<<48/2=24>
 2410.05229) comes from reasoning-gym: templates of GSM8K's questions, filled by a seed.
 """
 
-from pathlib import Path
-
 from cmdp import tasks
 from cmdp.tasks import answers, steps
 from cmdp.tasks.answers import is_correct
 
-HUB = {"openai/gsm8k": ("main",)}
 SYMBOLIC = "gsm-symbolic"
 INSTRUCTION = (
     "Solve the problem step by step, and write each calculation as an equation. "
@@ -23,29 +20,14 @@ INSTRUCTION = (
 _SUFFIX = " Give the result as your final answer. Do not include units."
 
 
-def problems(source: str | Path, sizes: dict[str, int | None], seed: int, tokenizer=None) -> dict[str, list[dict]]:
-    """Disjoint splits of `sizes` problems (None: all that are left): "test" from GSM8K's test split, all others
-    from its training split by `seed`. `tokenizer` renders the prompts, see `tasks.rendered`.
-
-    `source` is "openai/gsm8k" on the Hub; a folder or file (see `tasks.read`, also for errors) whose rows have
-    `question` and `answer`, the last line of which is `#### n`; or "gsm-symbolic". Raises `ValueError` where there are
-    too few problems or a row is malformed."""
-    if str(source) == SYMBOLIC:
-        return tasks.rendered(symbolic(sizes, seed), INSTRUCTION, tokenizer)
-    splits = tasks.cut(read(source, "train"), read(source, "test"), sizes, seed)
-    return tasks.rendered(splits, INSTRUCTION, tokenizer)
-
-
-def read(source: str | Path, split: str) -> list[dict[str, str]]:
-    """GSM8K's problems of a split: `question`, `answer` (the number alone) and `solution`, without annotations."""
-    rows = []
-    for row in tasks.read(source, split, HUB, ("question", "answer")):
-        answer = answers.extract(row["answer"]) if "####" in row["answer"] else None
-        if answer is None or answers.number(answer) is None:
-            raise ValueError(f"A solution ends in `#### n` with a number n, not in {row['answer'][-40:]!r}.")
-        solution = steps.without_annotations(row["answer"]).strip()
-        rows.append({"question": row["question"].strip(), "answer": answer.replace(",", ""), "solution": solution})
-    return rows
+def parse(row: dict) -> dict[str, str]:
+    """`answer` (the number alone) and `solution`, without annotations, of a row whose `answer` ends in `#### n` or is a
+    number. Raises `ValueError` for any other."""
+    text = str(row.get("answer"))
+    answer = answers.extract(text) if "####" in text else text.strip()
+    if answer is None or answers.number(answer) is None:
+        raise ValueError(f"its answer ends in `#### n` or is a number, not {text[-40:]!r} (columns: {', '.join(row)})")
+    return {"answer": answer.replace(",", ""), "solution": steps.without_annotations(text).strip()}
 
 
 def symbolic(sizes: dict[str, int | None], seed: int) -> dict[str, list[dict[str, str]]]:
@@ -67,6 +49,9 @@ def symbolic(sizes: dict[str, int | None], seed: int) -> dict[str, list[dict[str
             rows = iter(drawn.values())
             return {name: [next(rows) for _ in range(size)] for name, size in sizes.items()}
     raise ValueError(f"{SYMBOLIC} gave {len(drawn)} different problems, and {needed} were asked for.")
+
+
+GENERATED = {SYMBOLIC: symbolic}
 
 
 def steps_are_valid(completion: str, prompt: str) -> bool:

@@ -1,0 +1,227 @@
+"""`cmdp distill` on one's own data: files, columns and rewards, the whole way, and the one line for each mistake."""
+
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from test_train import command, small  # noqa: F401
+
+from cmdp import distill, tasks, train
+from cmdp.models import load_tokenizer
+from cmdp.tasks import arithmetic
+
+REWARDS = """
+def ends(completions, prompts, target, **columns):
+    assert all(isinstance(text, str) for text in completions) and set(columns) == {"more"}
+    return [0.5 * text.endswith(f"# {right}") + 0.25 for text, right in zip(completions, target)]
+def raises(completions, **columns):
+    return [1 / 0 for _ in completions]
+def too_many(completions, **columns):
+    return [1.0] * (len(completions) + 1)
+def too_much(completions, **columns):
+    return [2.0 for _ in completions]
+def narrow(completions, target):
+    return [1.0 for _ in completions]
+constant = 3
+"""
+WORDS = "--student student --teacher teacher --dataset own.jsonl --budget 1.5 --use_cpu --max-steps 2"
+WORDS += " --per_device_train_batch_size 4 --num_generations 2 --max_completion_length 6 --prompts 3 --samples 2"
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ '<think>' if thinking else '' }}"
+
+
+def write(path: str, rows: list[dict]) -> None:
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def own(small, monkeypatch):  # noqa: F811
+    """A dataset and a reward function of one's own beside a small student and teacher."""
+    rows = arithmetic.problems({"train": 30}, (2, 3), 0)["train"]
+    write("own.jsonl", [{"prompt": row["prompt"], "target": row["answer"], "more": 1} for row in rows])
+    Path("rewards.py").write_text(REWARDS)
+    return lambda *words: command(monkeypatch, "distill", *WORDS.split(), *words)
+
+
+def problems(name: str, **settings) -> dict:
+    return tasks.load_problems({"name": name, "sizes": {"test": None, "train": None}, "seed": 0, **settings})
+
+
+# ---- the whole way ----
+
+
+def test_own_data_and_reward_are_trained_measured_and_exported(own, monkeypatch, capsys):
+    own("--reward", "rewards.py:ends", "--lora", "--lora-r", "2", "--output", "mine")
+    said = capsys.readouterr().out
+    folder = Path("models/mine/cmdp-adaptive/0")
+    assert "results/mine/summary.csv" in said
+    assert f"The student is in {folder}" in said
+    assert {"accuracy", "csr", "cost"} <= set(said.split())
+    record = json.loads((folder / "cmdp.json").read_text())
+    assert record["settings"]["csr_target"] == 0.98
+    assert record["settings"]["budget"] == 1.5
+    completions = pd.read_csv("results/mine/completions/cmdp-adaptive/0.csv")
+    assert set(completions["correct"]) <= {0.25, 0.75}  # the reward that was trained on, in evaluation too
+    assert set(pd.read_csv("results/mine/summary.csv")["run"]) == {"sft", "cmdp-adaptive"}
+    assert "validity" not in set(pd.read_csv("results/mine/summary.csv")["measure"])
+    # the same command finds all done; another measurement says the same of the same prompts
+    own("--reward", "rewards.py:ends", "--lora", "--lora-r", "2", "--output", "mine")
+    assert f"{folder} is finished" in capsys.readouterr().out
+    folder.rename("moved")
+    command(monkeypatch, "evaluate", "moved")
+    table = capsys.readouterr().out
+    assert f"{record['measured']['accuracy']['mean'] if record['measured'] else 0.25:.2f}"[:4] in table
+    again = train.evaluate(Path("moved")).set_index("measure")["mean"]
+    for measure in ("accuracy", "csr", "cost"):
+        assert again[measure] == pytest.approx(record["measured"][measure]["mean"])
+    assert train.evaluate(Path("moved"), prompts=1, split="train")["mean"].notna().all()
+    command(monkeypatch, "export", "moved", "out")
+    assert Path("out/README.md").is_file()
+
+
+def test_the_ceiling_is_measured_before_training_and_the_account_after_it(own, monkeypatch, capsys):
+    words = [*WORDS.split(), "--reward", "exact", "--answer_column", "target", "--output", "mine"]
+    sizes = ["--prompts", "4", "--samples", "3"]
+    command(monkeypatch, "ceiling", *sizes, *words)
+    assert "A budget of" in capsys.readouterr().out
+    prices = pd.read_csv("results/mine/ceiling.csv")
+    assert prices["plug_in"].is_monotonic_increasing
+    assert prices["budget"][0] == 0
+    command(monkeypatch, "distill", *words)
+    command(monkeypatch, "ceiling", *sizes, "--folder", "models/mine/cmdp-adaptive/0")
+    found = json.loads(Path("results/mine/ceiling-cmdp-adaptive-0.json").read_text())
+    assert found["cost"] == pytest.approx(found["useful"] + found["wasted"])
+    with pytest.raises(SystemExit, match="a reward that is 0 or 1"):
+        command(monkeypatch, "ceiling", *sizes, *WORDS.split(), "--reward", "rewards.py:ends", "--output", "other")
+
+
+def test_keys_come_from_a_file_and_the_command_line_wins(own):
+    Path("keys.yaml").write_text(
+        "student: a\nteacher: b\ndataset: c\nreward: gsm8k\nbudget: 0.15\nteacher_4bit: true\n"
+    )
+    options, settings = distill.parse(["--config", "keys.yaml", "--budget-form", "per_token", "--reward", "math"])
+    assert (options.student, options.reward, options.teacher_4bit) == ("a", "math", True)
+    assert settings == {"budget": 0.15, "budget_form": "per_token"}
+    made = distill.experiment(options, settings | {"chat_template_kwargs": '{"enable_thinking": false}'})
+    assert made.task["chat_template_kwargs"] == {"enable_thinking": False}
+    assert made.teacher.four_bit
+    assert made.name == "a-c"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--reward exact --dataset nowhere.jsonl", "nowhere.jsonl is no file or folder here"),
+        ("--reward exact", r"own\.jsonl \(train\), row 1: .*no answer in its columns prompt, target, more"),
+        ("--reward exact --answer_column gold", r"has no column 'gold'\. It has: prompt, target, more"),
+        ("--reward exact --prompt_column text", "has no column 'text'"),
+        ("--reward chess", "The task is one of .*not 'chess'"),
+        ("--reward rewards.py:nothing", r"rewards\.py has no function 'nothing'\. It has: ends, raises"),
+        ("--reward rewards.py:constant", "has no function 'constant'"),
+        ("--reward none.py:ends", r"There is no none\.py"),
+        ("--reward broken.py:ends", r"broken\.py does not run: SyntaxError"),
+        ("--reward rewards.py:raises", "raised ZeroDivisionError: division by zero"),
+        ("--reward rewards.py:too_many", "not 2 for 1 completions"),
+        ("--reward rewards.py:too_much", r"one reward in \[0, 1\] for each completion, not 2"),
+        ("--reward rewards.py:narrow", "raised TypeError: .*unexpected keyword argument 'prompts'"),
+        ("--reward rewards.py:ends --method ppo", "There is no method 'ppo'"),
+        ("--reward rewards.py:ends --budget -1", "budget must be 0 nats or more"),
+        ("--reward rewards.py:ends --max_stepz 3", "There is no --max_stepz"),
+        ("--reward rewards.py:ends --learning_rate fast", "learning-rate: invalid float value: .fast"),
+        ("--reward rewards.py:ends --report_to abacus", "report_to knows no tracker 'abacus'"),
+        ("--reward rewards.py:ends --report_to swanlab", "swanlab is not installed: pip install swanlab"),
+        ("--reward rewards.py:ends --use_cpu false", "use_cpu=false asks for a GPU and PyTorch finds none"),
+        ("--reward rewards.py:ends --student_4bit", "4-bit weights cannot themselves be trained"),
+        ("--reward rewards.py:ends --output a/b", "is no name"),
+        ("--reward rewards.py:ends --prompt_length 1", "No problem has 1 tokens"),
+        ("--reward rewards.py:ends --config none.yaml", r"There is no none\.yaml"),
+        ("--reward rewards.py:ends --config wrong.yaml", "There is no --stundent"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line_before_weights_load(own, monkeypatch, words, message):
+    from cmdp import models
+
+    monkeypatch.setattr(models, "load_base", lambda *_: pytest.fail("weights were loaded"))
+    Path("broken.py").write_text("def ends(:")
+    Path("wrong.yaml").write_text("stundent: 3")
+    with pytest.raises(SystemExit, match=message) as raised:
+        own(*words.split())
+    assert "\n" not in str(raised.value)
+    assert not Path("models").exists()
+
+
+def test_required_keys_are_named(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"required: .*--teacher"):
+        distill.parse(["--student", "a"])
+    words = ["--student", "a", "--teacher", "b", "--dataset", "c", "--reward", "exact"]
+    with pytest.raises(ValueError, match="--budget is missing"):
+        distill.experiment(*distill.parse(words))
+
+
+@pytest.mark.parametrize("name", ["models", "results"])
+def test_a_folder_that_cannot_be_written_is_said_before_weights_load(own, monkeypatch, name):
+    Path(name).write_text("a file")
+    with pytest.raises(SystemExit, match=f"{name}.* cannot be written"):
+        own("--reward", "rewards.py:ends")
+
+
+# ---- data ----
+
+
+def test_a_tenth_is_held_out_of_a_dataset_without_a_test_split_and_duplicates_are_kept_once(own):
+    rows = [{"prompt": f"( {n % 20} )", "answer": n % 20} for n in range(40)]
+    write("many.jsonl", rows)
+    splits = problems("exact", source="many.jsonl")
+    assert (len(splits["test"]), len(splits["train"])) == (2, 18)
+    assert {row["prompt"] for row in splits["test"]}.isdisjoint(row["prompt"] for row in splits["train"])
+    assert tasks.load_task("exact").is_correct(" 7\n", "7")
+    assert problems("exact", source="many.jsonl") == splits
+    assert problems("exact", source="many.jsonl", seed=1)["test"] != splits["test"]
+    write("held.jsonl", rows[:5])
+    assert len(problems("exact", source="many.jsonl", test="held.jsonl")["train"]) == 15
+    pd.DataFrame(rows).to_csv("many.csv", index=False)
+    assert problems("exact", source="many.csv") == splits
+
+
+def test_prompts_are_text_messages_or_questions(own):
+    tokenizer = load_tokenizer("student")
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1"}]
+    write("chat.jsonl", [{"prompt": messages, "answer": "2"}, {"prompt": [messages[1]], "answer": "2"}])
+    write("text.jsonl", [{"prompt": "1 + 1 =", "answer": "2"}, {"prompt": "1 + 2 =", "answer": "3"}])
+    write("asked.jsonl", [{"problem": " 1 + 1? ", "answer": "2"}, {"problem": "1 + 2?", "answer": "3"}])
+    settings = {"name": "exact", "sizes": {"train": 2}, "seed": 0}
+
+    def prompts(source, **more):
+        return {row["prompt"] for row in tasks.load_problems(settings | {"source": source, **more}, tokenizer)["train"]}
+
+    with pytest.raises(ValueError, match=r"row 1: .*the tokenizer has no chat template"):
+        prompts("chat.jsonl")
+    assert prompts("asked.jsonl") == {"1 + 1?", "1 + 2?"}
+    assert "Add.\n\nQuestion: 1 + 1?\nAnswer:" in prompts("asked.jsonl", instruction="Add.")
+    tokenizer.chat_template = CHAT
+    assert prompts("chat.jsonl") == {"<system>Be brief.<user>1 + 1", "<user>1 + 1"}
+    assert "<user>1 + 1<think>" in prompts("chat.jsonl", chat_template_kwargs={"thinking": True})
+    assert prompts("text.jsonl") == {"1 + 1 =", "1 + 2 ="}
+    assert prompts("asked.jsonl", instruction="Add.") == {"<user>1 + 1?\n\nAdd.", "<user>1 + 2?\n\nAdd."}
+
+
+def test_answers_of_gsm8k_and_math_are_numbers_too(own):
+    write("numbers.jsonl", [{"question": f"How many is {n}?", "answer": n} for n in range(10)])
+    for name in ("gsm8k", "math"):
+        rows = problems(name, source="numbers.jsonl")["train"]
+        assert all(row["prompt"].startswith("Solve the problem step by step") for row in rows)
+        assert {row["answer"] for row in rows} < {str(n) for n in range(10)}
+
+
+# ---- progress ----
+
+
+def test_the_bar_shows_steps_csr_and_reward_on_a_terminal(own, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    own("--reward", "rewards.py:ends", "--no_before")
+    shown = capsys.readouterr().err
+    assert "2/2" in shown
+    assert "csr=" in shown
+    assert "task_reward=0." in shown
