@@ -46,7 +46,7 @@ def test_the_tokenizer_renders_prompts_in_natural_language():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"levels": 3}, "Settings of task 'arithmetic' are sizes, steps, seed: .*'levels'"),
+        ({"levels": 3}, "Settings of task 'arithmetic' are sizes, steps, seed, slips: .*'levels'"),
         ({"name": "gsm"}, "Settings of task 'gsm' are source, sizes, seed, test"),
         ({"name": "competition_math"}, "are source, sizes, seed, test"),
         ({"name": "none"}, "The task is one of"),
@@ -56,7 +56,7 @@ def test_a_wrong_setting_is_one_line_that_names_the_right_ones(change, message):
     with pytest.raises(ValueError, match=message) as error:
         load_problems(SETTINGS | change)
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match=r"are sizes, steps, seed: .*'seed'"):
+    with pytest.raises(ValueError, match=r"are sizes, steps, seed, slips: .*'seed'"):
         load_problems({key: value for key, value in SETTINGS.items() if key != "seed"})
 
 
