@@ -123,7 +123,7 @@ def call(command: str, function, *arguments, **named) -> None:
     try:
         function(*arguments, **named)
     except KeyboardInterrupt as stopped:
-        print(f"{command}: {stopped or 'stopped'}", file=sys.stderr)
+        print(f"{command}: {str(stopped) or 'stopped: the same command goes on'}", file=sys.stderr)
         sys.exit(130)
     except (OSError, ValueError) as error:
         if os.environ.get("CMDP_TRACEBACK"):

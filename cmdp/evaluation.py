@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from cmdp.divergence import TILE, divergence_from_hidden, lm_head
+from cmdp.models import tokenise
 from cmdp.reward import cumulative_cost, modified_reward, trajectory_budget
 from cmdp.tasks import reward
 
@@ -85,7 +86,7 @@ def generate(student, tokenizer, prompts: list[str], sample: bool, max_completio
         end token.
     """
     own, ends = student.generation_config, _ends(student, tokenizer)
-    encoded = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(student.device)
+    encoded = tokenizer.pad({"input_ids": tokenise(tokenizer, prompts)}, return_tensors="pt").to(student.device)
     sampling = {"do_sample": sample, "temperature": 1.0 if sample else None, "top_k": 0 if sample else None}
     tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
     config = GenerationConfig(max_new_tokens=max_completion_length, **sampling, **tokens)

@@ -3,7 +3,6 @@
 All that the export and its model card say was saved beside the weights: cmdp.json, by `cmdp.train`.
 """
 
-import json
 import math
 import re
 import shutil
@@ -14,7 +13,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from cmdp.models import ModelSpec, load_base
-from cmdp.storage import whole, write_json
+from cmdp.storage import named, read, whole, write_json
 
 RECORD = "cmdp.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -34,7 +33,7 @@ def export(run: Path, target: Path, merge: bool = False) -> None:
         raise ValueError(f"{target} exists already: name a new folder.")
     if not (run / RECORD).is_file():
         raise FileNotFoundError(f"There is no {RECORD} in {run}: name the folder of a student that `cmdp train` saved.")
-    record, adapter = json.loads((run / RECORD).read_text(encoding="utf-8")), (run / ADAPTER[0]).is_file()
+    record, adapter = read(run / RECORD), (run / ADAPTER[0]).is_file()
     if not any(run.glob(ADAPTER[1] if adapter else "model*.safetensors")):
         raise FileNotFoundError(f"There are no weights in safetensors in {run}.")
     base = ModelSpec(record["student"], gguf_file=record.get("gguf_file"), revision=record.get("revision"))
@@ -43,16 +42,17 @@ def export(run: Path, target: Path, merge: bool = False) -> None:
         raise ValueError("An adapter over a GGUF file cannot be loaded by itself: export it merged (--merge).")
     if alone and not local and not hub_id(base.model) and "/" in base.model:
         raise FileNotFoundError(f"There is no base model at {base.model}: export where the student was trained.")
-    with whole(target) as folder:
+    model = merged(run, base) if adapter and merge else None
+    with whole(target) as folder, named(target):
         for file in (file for pattern in COPIED for file in run.glob(pattern)):
             if file.name != RECORD and (alone or file.name not in ADAPTER):
                 shutil.copyfile(file, folder / file.name)
         if alone:  # loads from any working folder
             path = str(Path(base.model).resolve()) if local else base.model
-            config = json.loads((run / ADAPTER[0]).read_text(encoding="utf-8"))
+            config = read(run / ADAPTER[0])
             write_json(config | {"base_model_name_or_path": path, "revision": base.revision}, folder / ADAPTER[0])
         elif adapter:
-            merged(run, base).save_pretrained(folder)
+            model.save_pretrained(folder)
         card(target.name, record, base.model, alone).save(folder / "README.md")
 
 

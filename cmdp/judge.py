@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from cmdp.statistics import interval
-from cmdp.storage import write_json, write_table
+from cmdp.storage import read, write_json, write_table
 
 KEY = "JUDGE_API_KEY"
 RETRIES = 5  # by the client, with backoff or Retry-After: refused, reset, timed out, 408, 409, 429, 5xx
@@ -86,10 +86,8 @@ def judge(a: pd.DataFrame, b: pd.DataFrame, endpoint: Endpoint, template: str, f
 
 
 def read_completions(path: Path) -> pd.DataFrame:
-    """A table of completions, all text. Raises `FileNotFoundError`, or `ValueError` for a missing column."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no table of completions at {path}.")
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    """A table of completions, all text. Raises `ValueError` for a missing or damaged file, or a missing column."""
+    table = read(Path(path), dtype=str, keep_default_na=False)
     if missing := [column for column in ("prompt", "completion") if column not in table]:
         raise ValueError(f"{path} has no column {' and no column '.join(missing)}: it has {', '.join(table)}.")
     return table

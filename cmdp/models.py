@@ -15,8 +15,9 @@ import tokenizers
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
 
-from cmdp.storage import whole
+from cmdp.storage import named, whole
 
 LORA = {"r": 16, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear"}
 
@@ -109,10 +110,11 @@ def pick_dtype(device: torch.device) -> torch.dtype:
 
 def load_base(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The weights that `spec` names, in `dtype` or 4 bits, without its adapter. Raises `FileNotFoundError` if there is
-    no such model, `ValueError` if its weight files lack tensors."""
+    no such model, `ValueError` if its weight files are damaged or lack tensors."""
     where = spec.where()
     if "gguf_file" in where:
-        return _load_gguf(where, dtype).to(device)
+        with named(spec.model, "cannot be read", ValueError):
+            return _load_gguf(where, dtype).to(device)
     options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     if spec.four_bit:
         nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
@@ -139,19 +141,83 @@ def load_tokenizer(source: str | Path | ModelSpec) -> PreTrainedTokenizerBase:
     tokenizer = _found(_spec(source), transformers.AutoTokenizer, padding_side="left")
     if tokenizer.pad_token is None:  # Llama's
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.eos_token is None:
+        raise ValueError(f"The tokenizer of {_spec(source).model} names no token that ends a text (eos_token).")
     return tokenizer
 
 
 def shared_tokenizer(student: str | Path | ModelSpec, teacher: str | Path | ModelSpec) -> PreTrainedTokenizerBase:
     """The student's tokenizer. Raises `ValueError` unless the teacher's has the same ids; no weights are read."""
     both = [load_tokenizer(student), load_tokenizer(teacher)]
-    # without the fillers that llama.cpp writes into a GGUF up to the rows of the model's head
-    one, other = ({(x, i) for x, i in tokenizer.get_vocab().items() if x != f"[PAD{i}]"} for tokenizer in both)
-    if one != other:
-        models = f"The student {_spec(student).model} and the teacher {_spec(teacher).model}"
+    check_vocabulary(*both, f"The student {_spec(student).model} and the teacher {_spec(teacher).model}")
+    return both[0]
+
+
+def check_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, models: str) -> None:
+    """Raise `ValueError`, which names the `models`, unless two tokenizers have the same ids. One may have a padding
+    token of its own, and llama.cpp's fillers of a GGUF up to the rows of the head."""
+    both = student, teacher
+    one, other = ({(x, i) for x, i in kind.get_vocab().items() if x != f"[PAD{i}]"} for kind in both)
+    if (one ^ other) - {(kind.pad_token, kind.pad_token_id) for kind in both}:
         hint = "no divergence between them is defined. Choose a teacher from the student's family."
         raise ValueError(f"{models} have different vocabularies: {hint}")
-    return both[0]
+
+
+def find_tokenizer(model: PreTrainedModel | str, revision: str | None = None, trust_remote_code: bool = False):
+    """The tokenizer beside a model, named or loaded, or beside the base model of a PEFT adapter; None where there is
+    none. That of a loaded model is not downloaded."""
+    from peft import PeftConfig
+
+    named = isinstance(model, str)
+    name, options = model if named else model.config._name_or_path, {"local_files_only": offline() or not named}
+    try:
+        if named and find_adapter_config_file(name, revision=revision, **options):
+            name, revision = PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path, None
+        options |= {"revision": revision, "trust_remote_code": trust_remote_code}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError):
+        return None
+    # beside weights alone transformers finds an empty one, of special tokens
+    return tokenizer if len(tokenizer) > len(tokenizer.added_tokens_encoder) else None
+
+
+def tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """The ids of texts, each after what the tokenizer starts a text with (BOS), once, whether or not the text brings it
+    along; without what it ends one with. Raises `ValueError` for a text without ids."""
+    whole, (one, *ids) = tokenizer("a").input_ids, tokenizer(["a", *texts], add_special_tokens=False).input_ids
+    start = whole[: len(whole) - whole[::-1].index(one[-1]) - len(one)]  # before the text's own, which are `one`
+    ids = [row if row[: len(start)] == start else start + row for row in ids]
+    if not all(ids):
+        raise ValueError("A prompt is empty: leave it out, or give it a token.")
+    return ids
+
+
+def load_teacher(teacher: PreTrainedModel | str, student, config) -> tuple[PreTrainedModel, bool]:
+    """The teacher of a trainer with the `CMDPConfig`, loaded as TRL loads models if it is a name (Hub id or folder of a
+    model or PEFT adapter), and whether its tokenizer was found and compared with that of `student` (a model, name,
+    tokenizer or processor). Raises, before weights are read, `FileNotFoundError` if there is no such teacher and
+    `ValueError` if it has other ids."""
+    from trl.trainer.utils import create_model_from_path
+
+    named, trust = isinstance(teacher, str), config.trust_remote_code
+    options = {"revision": config.teacher_model_revision, "trust_remote_code": trust, "use_safetensors": True}
+    options |= {"dtype": "auto"} | (config.teacher_model_init_kwargs or {})
+    if config.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        options["device_map"] = None
+    if isinstance(student, str | torch.nn.Module):
+        student = find_tokenizer(student, (config.model_init_kwargs or {}).get("revision"), trust)
+    other = find_tokenizer(teacher, options["revision"], trust)
+    if compared := bool(student and other):
+        check_vocabulary(getattr(student, "tokenizer", student), other, "Student and teacher")
+    if not named and config.teacher_model_init_kwargs:
+        raise ValueError("teacher_model_init_kwargs load a teacher named by a string, but teacher_model is a model.")
+    if getattr(getattr(teacher, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError("The teacher has a learned prompt, which is not read: give one without, or with LoRA.")
+    try:
+        model = create_model_from_path(teacher, AutoModelForCausalLM, **options) if named else without_peft(teacher)
+    except OSError as error:
+        raise FileNotFoundError(f"There is no teacher {teacher}: {str(error).splitlines()[0]}") from error
+    return model, compared
 
 
 def load_pair(student: str | Path | ModelSpec, teacher: str | Path | ModelSpec, use_cpu: bool = False) -> tuple:
@@ -181,6 +247,29 @@ def load_pair(student: str | Path | ModelSpec, teacher: str | Path | ModelSpec, 
 
         model = get_peft_model(model, lora_config(student))
     return model, other.requires_grad_(False).eval(), tokenizer
+
+
+def without_peft(model: torch.nn.Module) -> PreTrainedModel:
+    """The transformers model that a `PeftModel` wraps, with its adapters; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def check_heads(student, teacher, ids: int, compared: bool, sampled: bool) -> None:
+    """Raise `ValueError` for an LM head from which no divergence over the tokenizer's `ids` is read: one with too few
+    rows, or with an adapter that TRL's fused head (the student's; the teacher's where the divergence is `sampled`)
+    ignores. Unless the teacher's vocabulary was `compared`, its rows beyond the ids must be padding: as many rows as
+    the student's, or no more than 128 or 1/64 of the ids beyond them."""
+    rows = []
+    for role, model, fused in (("student", student, True), ("teacher", teacher, sampled)):
+        head = model.get_output_embeddings()
+        rows.append(getattr(head.weight, "ds_shape", head.weight.shape)[0])  # ZeRO-3 leaves an empty weight
+        padded = rows[-1] == rows[0] or rows[-1] - ids <= max(128, ids // 64)
+        if rows[-1] < ids or not (padded or compared):
+            raise ValueError(
+                f"The {role}'s head has {rows[-1]} rows but the tokenizer {ids} ids: use one model family."
+            )
+        if fused and hasattr(head, "base_layer"):  # of which the fused head reads the weight
+            raise ValueError(f"The adapter on the {role}'s LM head would be ignored: merge it (merge_and_unload).")
 
 
 def lora_config(spec: ModelSpec):
@@ -216,7 +305,7 @@ def prune(source: str, without: list[int], target: Path) -> tuple[int, int]:
     if getattr(config, "layer_types", None):  # one entry a layer, where kinds of attention take turns
         config.layer_types = [config.layer_types[place] for place in kept]
     config.num_hidden_layers = len(kept)
-    with whole(target) as folder:
+    with whole(target) as folder, named(target):
         model.save_pretrained(folder)
         load_tokenizer(spec).save_pretrained(folder)
     return before, model.num_parameters()
@@ -227,10 +316,7 @@ def _load_gguf(where: dict, dtype: torch.dtype) -> PreTrainedModel:
     options = {}
     if hasattr(transformers, "GgufConfig"):  # earlier releases unpack the weights without being told to
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(**where, **options, dtype=dtype)
-    except ImportError as error:
-        raise ValueError("Reading a GGUF file needs the package gguf: `pip install gguf`.") from error
+    loaded = AutoModelForCausalLM.from_pretrained(**where, **options, dtype=dtype)
     config = copy.deepcopy(loaded.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -249,7 +335,9 @@ def _found(spec: ModelSpec, kind, **options):
     """What `kind.from_pretrained` loads of a spec's model, with one line for a model that is not there."""
     try:
         return kind.from_pretrained(**spec.where(), trust_remote_code=False, **options)
-    except OSError as error:
+    except Exception as error:
+        if Path(spec.model).exists() or not isinstance(error, OSError):
+            raise ValueError(f"{spec.model} cannot be read: {' '.join(str(error).split())}") from error
         hint = "HF_HUB_OFFLINE is set: unset it to download it" if offline() else str(error).partition("\n")[0]
         raise FileNotFoundError(f"There is no local folder {spec.model}, nor a model of this name: {hint}.") from error
 
@@ -260,7 +348,8 @@ def _with_adapter(model: PreTrainedModel, source: str, **options):
 
     if Path(source).is_dir() and not (Path(source) / "adapter_model.safetensors").is_file():
         raise FileNotFoundError(f"There is no adapter_model.safetensors in {source}: name a PEFT adapter's folder.")
-    return PeftModel.from_pretrained(model, source, local_files_only=offline(), **options)
+    with named(source, "cannot be read", ValueError):
+        return PeftModel.from_pretrained(model, source, local_files_only=offline(), **options)
 
 
 def _spec(source: str | Path | ModelSpec) -> ModelSpec:

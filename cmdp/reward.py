@@ -7,10 +7,10 @@ student directly: `weight` is the factor of that gradient (the single-step part 
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 BUDGET_FORMS = ("total", "per_token")
-FORMS = ("exhausted", "overshoot", "hinge", "lagrangian")
+FORMS = ("exhausted", "overshoot", "hinge", "soft_hinge", "lagrangian")
 CREDITS = ("sequence", "return_to_go", "length_normalised")
 
 
@@ -72,7 +72,18 @@ class ModifiedReward(NamedTuple):
 
 
 def modified_reward(
-    task_reward, cost, mask, budget, *, lam, penalty=0.0, form="exhausted", phi=None, discount=1.0
+    task_reward,
+    cost,
+    mask,
+    budget,
+    *,
+    lam,
+    penalty=0.0,
+    form="exhausted",
+    phi=None,
+    discount=1.0,
+    sharpness=10.0,
+    offset=0.0,
 ) -> ModifiedReward:
     """The reward that the student maximises (section 3), with over_t = 1{C_t > d}:
 
@@ -80,6 +91,9 @@ def modified_reward(
     - `overshoot` (ours): r~ = 1{C <= d} R - n 1{C > d} - lam max(0, C - d), at the last token: every token of a
       violating trajectory is charged. The penalty is continuous in theta; the forfeited R jumps;
     - `hinge` (ours): r~ = R - n 1{C > d} - lam max(0, C - d), at the last token. With n = 0 nothing jumps;
+    - `soft_hinge` (ours): r~ = R - lam d/k (softplus(k (C/d - 1) + u) - softplus(u - k)), at the last token: a nat of a
+      trajectory of cost C has the price lam sigmoid(k (C/d - 1) + u). As k falls to 0 it becomes the lagrangian with
+      lam sigmoid(u), as k grows the hinge, with u/k of the budget as margin;
     - `lagrangian`: r~_t = r_t - lam gamma^(t-1) c_t, whatever the budget: the soft constraint of the baselines.
 
     r_t is R at the last token (the first column of an empty completion) and 0 elsewhere. Raises `ValueError` for an
@@ -91,6 +105,7 @@ def modified_reward(
         lam, penalty: lambda in reward per nat, and n in reward, both 0 or more.
         phi: Phi(s_t), (B, T), of the form `exhausted`; the cost by default.
         discount: gamma of the cumulative cost.
+        sharpness, offset: k > 0 and u of the form `soft_hinge`.
     """
     if form not in FORMS:
         raise ValueError(f"The reward's form is one of {FORMS}, not {form!r}.")
@@ -109,6 +124,12 @@ def modified_reward(
     weight = lam * discount_factors(mask.to(cost.dtype), discount)
     if form == "lagrangian":
         return ModifiedReward(task - weight * cost, task, weight, over)
+    if form == "soft_hinge":
+        limit = budget[:, None].to(cost.dtype).clamp(min=1e-9)
+        excess = sharpness * (total[:, -1:] / limit - 1) + offset
+        charge = nn.functional.softplus(excess) - nn.functional.softplus(excess.new_tensor(offset - sharpness))
+        weight = weight * torch.sigmoid(excess)
+        return ModifiedReward(task.scatter_add(1, last, -lam * limit / sharpness * charge), task, weight, over)
     if form in ("overshoot", "hinge"):
         excess = torch.where(violated, total[:, -1:] - budget[:, None].to(cost.dtype), 0.0)
         task = task if form == "hinge" else task.masked_fill(violated, 0.0)

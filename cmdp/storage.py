@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -13,24 +14,18 @@ from pathlib import Path
 
 import filelock
 import pandas as pd
-import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 CHECKPOINTS, MANIFEST = Path("checkpoints"), "manifest.json"
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy", "pandas")
 
 
 def read_yaml(path: Path, *overrides: str) -> dict:
-    """The mapping in a YAML file; `overrides` such as "train.max_steps=5" take the place of what it says.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no mapping, or an override is malformed.
-    """
+    """The mapping in a YAML file; `overrides` such as "train.max_steps=5" take the place of what it says. Raises
+    `FileNotFoundError`, or `ValueError` where the file is no mapping or an override is malformed."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path} in {Path.cwd()}.")
-    try:
+    with named(" ".join([str(path), *overrides]), "cannot be read", ValueError):
         content = OmegaConf.load(path)
         if not OmegaConf.is_dict(content) or not content:
             raise ValueError(f"{path} is empty or no mapping of names to values.")
@@ -39,9 +34,27 @@ def read_yaml(path: Path, *overrides: str) -> dict:
                 raise ValueError(f"{word!r} is no override: write section.field=value.")
             content = OmegaConf.merge(content, OmegaConf.from_dotlist([word]))
         return OmegaConf.to_container(content, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"{' '.join([str(path), *overrides])}: {said}") from error
+
+
+def read(path: Path, **options) -> dict | pd.DataFrame:
+    """A file of a JSON object, or of CSV (by `pd.read_csv`). Raises `ValueError`, with its name, if it is damaged."""
+    with named(path, "cannot be read", ValueError):
+        return dict(json.loads(path.read_bytes())) if path.suffix == ".json" else pd.read_csv(path, **options)
+
+
+def check_names(*names: str) -> None:
+    """Raise `ValueError` for a name that would be no part of a path, or lead out of its folder."""
+    if wrong := [name for name in names if not re.fullmatch("[a-z0-9][a-z0-9.-]{0,99}", str(name))]:
+        raise ValueError(f"{wrong[0]!r} is no name: use small letters, digits, points and hyphens, 100 at most.")
+
+
+@contextlib.contextmanager
+def named(path: Path | str, fault: str = "cannot be written (is the disk full?)", kind=OSError) -> Iterator[None]:
+    """Whatever goes wrong, also in a library of Rust or C++, raises a `kind` with one line that names `path`."""
+    try:
+        yield
+    except Exception as error:
+        raise kind(f"{path} {fault}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 @contextlib.contextmanager
@@ -62,8 +75,9 @@ def write_text(text: str, path: Path) -> None:
     """Write a file in one move."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    with named(path):
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
@@ -161,8 +175,6 @@ def provenance() -> dict:
 
 def processor() -> str:
     """The name of this machine's processor."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+    with contextlib.suppress(OSError, TypeError):  # elsewhere than on Linux, or unnamed
+        return re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
     return platform.processor() or platform.machine()

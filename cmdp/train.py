@@ -6,7 +6,6 @@ students go to models/NAME/RUN/SEED, results to results/NAME. Finished runs are 
 """
 
 import contextlib
-import copy
 import dataclasses
 import json
 import os
@@ -14,6 +13,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cmdp import storage
 from cmdp.methods import METHODS, START, TRL, check_method
-from cmdp.models import ModelSpec, check_specs, load_pair, pick_device, pick_dtype, shared_tokenizer
+from cmdp.models import ModelSpec, check_specs, load_pair, pick_device, pick_dtype, shared_tokenizer, tokenise
 from cmdp.statistics import summarise
 from cmdp.tasks import load_problems, load_task, reward
 
@@ -72,6 +72,9 @@ class Experiment:
     seeds: list[int]
     evaluate: Evaluation
 
+    def __post_init__(self):
+        storage.check_names(self.name, *self.runs)
+
     def settings(self, run: str, seed: int) -> dict[str, Any]:
         """The fields of `CMDPConfig` that a run is trained with, beside the precision of the device."""
         own = {key: value for key, value in self.runs[run].items() if key != "method"}
@@ -83,16 +86,13 @@ class Experiment:
         return MODELS / self.name / run / str(seed)
 
     def problems(self, split: str, tokenizer) -> list[dict]:
-        """The problems of a split whose prompts have at most `task.prompt_length` tokens, the token that starts every
-        text of the tokenizer included. Raises `ValueError` if none is left."""
+        """The problems of a split whose prompts have at most `task.prompt_length` tokens. Raises `ValueError` if there
+        is no such split, or none is left."""
         splits, longest = load_problems(self.task, tokenizer), self.task.get("prompt_length")
         if split not in splits:
             raise ValueError(f"There is no split {split!r}. There are: {', '.join(splits)}.")
         problems = splits[split]
-        if tokenizer.bos_token and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
-            start = tokenizer.bos_token
-            problems = [row | {"prompt": start + row["prompt"].removeprefix(start)} for row in problems]
-        lengths = map(len, tokenizer([row["prompt"] for row in problems], add_special_tokens=False).input_ids)
+        lengths = map(len, tokenise(tokenizer, [row["prompt"] for row in problems]))
         kept = [row for row, length in zip(problems, lengths, strict=True) if longest is None or length <= longest]
         if len(kept) < len(problems):
             print(f"{len(problems) - len(kept)} of {len(problems)} problems are left out: over {longest} tokens.")
@@ -218,6 +218,8 @@ def distil(
         trainer = DistillationTrainer(student, teacher, args=config, **data)
     else:
         trainer = CMDPTrainer(student, teacher, task_reward, config, **data)
+    if method in TRL:  # which would start a text twice that brings BOS along
+        trainer._tokenize_prompts = lambda prompts: (tokenise(tokenizer, prompts), None, {})
     trainer.add_callback(_progress_bar())
     return run_trainer(trainer, resume)
 
@@ -246,22 +248,35 @@ def _progress_bar():
 
 
 def run_trainer(trainer, resume: bool) -> list[dict]:
-    """Train, and return the log. Checkpoints are certified as they are written. On SIGTERM or Ctrl-C training stops
-    after the step with a checkpoint and raises `KeyboardInterrupt`; a second signal stops it at once."""
+    """Train, and return the log, whose `seconds` of training add up over resumes. Checkpoints are certified as they are
+    written, never between steps that share a rollout, which a checkpoint lacks. On SIGTERM or Ctrl-C training stops at
+    the next step that can have one, with one, and raises `KeyboardInterrupt`; a second signal stops it at once."""
     from transformers import TrainerCallback, TrainerState
     from transformers.trainer_utils import get_last_checkpoint
 
     class Keeper(TrainerCallback):
-        stopped = False
+        stopped = due = False
 
         def stop(self, *_):
             if self.stopped:
                 raise KeyboardInterrupt("stopped at once: the same command resumes from the last checkpoint")
             self.stopped = True
 
+        def on_train_begin(self, args, state, control, **_):
+            self.start = time.monotonic() - max((entry["seconds"] for entry in state.log_history), default=0.0)
+
+        def on_log(self, args, state, control, logs, **_):
+            state.log_history[-1]["seconds"] = time.monotonic() - self.start
+            if "train_runtime" in logs:  # a summary of this part alone
+                state.log_history.pop()
+
         def on_step_end(self, args, state, control, **_):
-            control.should_save |= self.stopped
-            control.should_training_stop |= self.stopped
+            rollout = getattr(args, "steps_per_generation", 1) * getattr(args, "num_iterations", 1)
+            between = state.global_step * args.gradient_accumulation_steps % rollout == 0
+            self.due |= control.should_save or self.stopped
+            control.should_save = self.due and (between or state.global_step >= state.max_steps)
+            self.due &= not control.should_save
+            control.should_training_stop |= self.stopped and control.should_save
 
         def on_save(self, args, state, control, **_):
             if state.is_world_process_zero:
@@ -272,6 +287,7 @@ def run_trainer(trainer, resume: bool) -> list[dict]:
         trainer._load_from_checkpoint(last)  # finished: `train` would take one more step
         return state.log_history
     trainer.add_callback(keeper)
+    trainer._save_checkpoint = storage.named(trainer.args.output_dir)(trainer._save_checkpoint)
     if trainer.args.save_total_limit == 1:
         trainer.args.save_total_limit = 2  # the one before serves until the new one is certified
     if threading.current_thread() is threading.main_thread():
@@ -307,6 +323,7 @@ def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -
 
     if run not in experiment.runs:
         raise ValueError(f"The experiment {experiment.name} has no run {run!r}. It has: {', '.join(experiment.runs)}.")
+    storage.check_names(str(seed))
     method, settings = experiment.runs[run]["method"], experiment.settings(run, seed)
     folder, use_cpu = experiment.folder(run, seed), settings.get("use_cpu", False)
     specs, name = (experiment.student, experiment.teacher), f"{experiment.name}/{run}/{seed}"
@@ -316,8 +333,9 @@ def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -
     reward(task)([""], prompts=first.pop("prompt"), **first)  # raises before weights are read
     made_from = {"method": method, "settings": settings, "problems": problems, "models": [*map(vars, specs)]}
     made_by = storage.fingerprint(made_from, [file for spec in specs for file in spec.files()])
-    if (folder / RECORD).is_file() and json.loads((folder / RECORD).read_text())["fingerprint"] == made_by:
+    if (folder / RECORD).is_file() and storage.read(folder / RECORD).get("fingerprint") == made_by:
         print(f"{folder} is finished.")
+        storage.drop(storage.CHECKPOINTS / name)  # of a run that was killed before it did
         return folder
     main, together = int(os.environ.get("RANK", "0")) == 0, int(os.environ.get("WORLD_SIZE", "1")) > 1
     with storage.locked(name) if main else contextlib.nullcontext():
@@ -329,9 +347,8 @@ def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -
         device, dtype, log = student.device, pick_dtype(student.device), []
         if method != START:
             settings = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16, **settings}
-            plain = _plain(tokenizer)
             with steps_to(checkpoints / "steps.txt"):
-                log = distil(method, student, teacher, plain, problems, reward(task), checkpoints, resume, settings)
+                log = distil(method, student, teacher, tokenizer, problems, reward(task), checkpoints, resume, settings)
         if not main:
             return folder
         record = {"run": run, "method": method, "seed": seed, "settings": settings, "task": experiment.task}
@@ -339,10 +356,10 @@ def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -
         record |= {"teacher": specs[1].model, "parameters": student.num_parameters()}
         record |= {"memory": memory and memory | {"taken_gib": taken(device) / GIB}, "provenance": storage.provenance()}
         record |= {"experiment": dataclasses.asdict(experiment), "fingerprint": made_by, "measured": None}
-        with storage.whole(folder) as unfinished:
+        with storage.whole(folder) as unfinished, storage.named(folder):
             student.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
-            storage.write_table(pd.DataFrame(log or {"step": []}), unfinished / TRAINING)
+            storage.write_table(pd.DataFrame(log or {"step": []}).sort_index(axis=1), unfinished / TRAINING)
             storage.write_json(record, unfinished / RECORD)
             if (checkpoints / "runs").is_dir():  # TensorBoard's
                 (checkpoints / "runs").rename(unfinished / "runs")
@@ -412,15 +429,15 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
     for run, seed in [(run, seed) for run in runs for seed in seeds]:
         check_machine({}, results)
         folder = train(experiment, run, seed)
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        if record["measured"]:
+        record = storage.read(folder / RECORD)
+        if record["measured"] and (results / "completions" / run / f"{seed}.csv").is_file():
             continue
         pair = load_trained(experiment, run, seed)
         completions, positions = measure(experiment, pair, seed)
         problems = experiment.problems(experiment.evaluate.split, pair[-1])
         texts = completions.query("decoding == 'sampled'")[["prompt", "completion"]]
         texts = texts.assign(prompt=[problems[index]["prompt"] for index in texts["prompt"]])  # what `judge` reads
-        training = pd.read_csv(folder / TRAINING).reindex(columns=[*LOGGED, *PHASES]).dropna(subset="csr")
+        training = storage.read(folder / TRAINING).reindex(columns=[*LOGGED, *PHASES]).dropna(subset="csr")
         tables = {"completions": completions.drop(columns="completion"), "positions": positions, "texts": texts}
         for name, table in (tables | {"training": training}).items():
             table = table.assign(run=run, seed=seed)
@@ -466,7 +483,7 @@ def shown(summary: pd.DataFrame) -> str:
 
 def gather(results: Path, table: str) -> pd.DataFrame:
     """One table of all runs and seeds measured so far."""
-    return pd.concat([pd.read_csv(path) for path in sorted((results / table).glob("*/*.csv"))], ignore_index=True)
+    return pd.concat(map(storage.read, sorted((results / table).glob("*/*.csv"))), ignore_index=True)
 
 
 @contextlib.contextmanager
@@ -475,11 +492,3 @@ def steps_to(path: Path):
     print(f"Training: steps are logged to {path}", flush=True)
     with open(path, "a", buffering=1, encoding="utf-8") as lines, contextlib.redirect_stdout(lines):
         yield
-
-
-def _plain(tokenizer):
-    """A copy that adds no special tokens to a text, since prompts bring them along: TRL tokenises without saying so."""
-    tokenizer = copy.deepcopy(tokenizer)
-    if tokenizer("a").input_ids != tokenizer("a", add_special_tokens=False).input_ids:
-        tokenizer.backend_tokenizer.post_processor = None
-    return tokenizer

@@ -9,7 +9,6 @@ reuses the teacher's hidden states. Rollouts, PEFT, quantisation, distribution, 
 import functools
 import math
 import time
-import types
 import warnings
 from dataclasses import dataclass, field
 
@@ -18,12 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from trl import GRPOConfig, GRPOTrainer
-from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.models.utils import _ForwardRedirection, prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from cmdp import divergence as divergences
 from cmdp import reward as rewards
 from cmdp.divergence import EXACT, SAMPLED, Head, lm_head
+from cmdp.models import check_heads, load_teacher, tokenise, without_peft
 from cmdp.reward import CREDITS, FORMS, cumulative_cost, trajectory_budget
 
 CHOICES = {
@@ -62,14 +62,25 @@ class CMDPConfig(GRPOConfig):
     step_budget: float | None = _option(None, "d_step: charge each token's nats above it, in place of those above d.")
     budget_from: float | None = _option(None, "The budget at the first step; it moves linearly to `budget` half-way.")
     distil_steps: int = _option(0, "Steps of pure distillation before the method begins.")
-    csr_target: float | None = _option(None, "Penalise the full divergence until the batch's CSR reaches this target.")
-    dual_rate: float = _option(0.0, "Dual ascent: lambda rises by this times E[C] - d per step, from `lam`.")
+    csr_target: float | None = _option(
+        None, "hinge: charge every nat until the batch's CSR reaches this target; soft_hinge: keep the CSR at it."
+    )
+    sharpness: float = _option(10.0, "k of soft_hinge; it rises linearly from 0 over the first 60 % of the steps.")
+    dual_rate: float = _option(0.0, "Dual ascent: step of lambda per nat of E[C] - d, or of u with soft_hinge.")
     divergence: str = _option("reverse_kl", f"One of {EXACT} or, sampled, {SAMPLED}.")
     jsd_beta: float = _option(0.5, "beta of the generalised JSD.")
     scale_rewards: str = _option("none", "none, or group: divide the advantages (not the single-step part) like GRPO.")
+    teacher_model_init_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "How to load a named teacher."}
+    )
+    teacher_model_revision: str | None = _option(None, "Branch, tag or commit of a teacher named by its Hub id.")
+
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
 
     def __post_init__(self):
         super().__post_init__()
+        if hasattr(quantised := (self.teacher_model_init_kwargs or {}).get("quantization_config"), "to_dict"):
+            self.teacher_model_init_kwargs |= {"quantization_config": quantised.to_dict()}  # trackers save it as JSON
         for limit in (self.budget, self.budget_from, self.step_budget):
             rewards.check_budget(math.inf if limit is None else limit, self.budget_form)
         for name, known in CHOICES.items():
@@ -77,22 +88,26 @@ class CMDPConfig(GRPOConfig):
                 raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, not {getattr(self, name)!r}.")
         for names, holds, allowed in (
             ("discount", lambda x: 0 < x <= 1, "above 0 and at most 1"),
+            ("sharpness", lambda x: 0 < x < math.inf, "finite and above 0"),
             ("lam penalty task_weight dual_rate", lambda x: 0 <= x < math.inf, "finite and 0 or more"),
             ("margin", lambda x: 0 <= x < 1, "a share of the budget, 0 or more and below 1"),
             ("step_budget", lambda x: x != math.inf, "finite, or None"),
-            ("distil_steps", lambda x: x >= 0, "0 or more"),
+            ("distil_steps", lambda x: x >= 0 and x % 1 == 0, "0 or more, a whole number"),
             ("csr_target", lambda x: x is None or 0 <= x <= 1, "between 0 and 1"),
             ("jsd_beta", lambda x: 0 < x < 1, "above 0 and below 1"),
+            ("reward_weights", lambda x: all(map(math.isfinite, x or [])), "finite"),
         ):
             for name in names.split():
                 if not holds(getattr(self, name)):
                     raise ValueError(f"{name} must be {allowed}, not {getattr(self, name)!r}.")
         if self.budget_from is not None and math.inf in (self.budget, self.budget_from):
             raise ValueError("budget_from moves to the budget: give both finite, or neither.")
-        if self.penalty > 0 and self.reward_form == "lagrangian":
-            raise ValueError("The lagrangian form knows no violation and so no penalty n: leave penalty at 0.")
-        if self.dual_rate and (self.reward_form != "lagrangian" or self.budget == math.inf):
-            raise ValueError("dual_rate moves the weight of the mean cost: set reward_form='lagrangian' and a budget.")
+        if self.penalty > 0 and self.reward_form in ("lagrangian", "soft_hinge"):
+            raise ValueError(f"The form {self.reward_form} has no penalty n: leave penalty at 0.")
+        if self.dual_rate and (self.reward_form not in ("lagrangian", "soft_hinge") or self.budget == math.inf):
+            raise ValueError("dual_rate needs reward_form='lagrangian' or 'soft_hinge', and a budget.")
+        if self.reward_form == "soft_hinge" and None in (self.csr_target, self.dual_rate or None):
+            raise ValueError("soft_hinge needs a csr_target and a dual_rate above 0.")
         single_step = not self.long_term or self.credit == "length_normalised" or self.distil_steps > 0
         if single_step and self.divergence in ("k1", "k3"):
             raise ValueError(f"{self.divergence} by itself has not the reverse KL's gradient: use divergence='k2'.")
@@ -101,47 +116,52 @@ class CMDPConfig(GRPOConfig):
 
 
 class DualAscent(TrainerCallback, ExportableState):
-    """lambda, which dual ascent moves: checkpoints save it, and a resumed run goes on with it."""
+    """lambda, or the offset u of soft_hinge, which dual ascent moves: checkpoints save it, and a resumed run goes on
+    with it."""
 
-    def __init__(self, lam: float):
-        self.lam = lam
+    def __init__(self, multiplier: float):
+        self.start = self.multiplier = multiplier
 
     def state(self) -> dict:
-        return {"args": {"lam": self.lam}, "attributes": {}}
+        return {"args": {"multiplier": self.multiplier}, "attributes": {}}
 
     def on_train_begin(self, args, state, control, **_):
-        self.lam = state.stateful_callbacks[type(self).__name__]["args"]["lam"] if state.global_step else args.lam
+        saved = state.stateful_callbacks[type(self).__name__]["args"] if state.global_step else {}
+        self.multiplier = saved.get("multiplier", self.start)
 
 
 class CMDPTrainer(GRPOTrainer):
-    """TRL's `GRPOTrainer`, which distils `teacher` into `model` under the budget of `args`. The models have one
-    tokenizer, and the task reward is in [0, 1].
+    """TRL's `GRPOTrainer`, which distils `teacher_model` into `model` under the budget of `args`. The task reward is in
+    [0, 1]. `teacher_model` is a model, or the Hub id or folder of one or of a PEFT adapter; it is then loaded with
+    `args.teacher_model_init_kwargs`, in the dtype of its files by default.
 
     Raises:
-        ValueError: student or teacher has a head with too few rows for the tokenizer, or an adapter that is not read;
-            ZeRO-3 with an exact divergence; or, before the update, a cost, reward, loss or gradient is not finite.
+        FileNotFoundError: there is no such teacher.
+        ValueError: a teacher of another vocabulary, or an adapter that is not read (`cmdp.models`); fewer prompts than
+            a batch takes; ZeRO-3 with an exact divergence; a cost, reward, loss or gradient not finite, before its use.
     """
 
     _tag_names = ["trl", "grpo", "cmdp"]
     _name = "CMDP"
+    _paper = {
+        "title": "Rethinking Large Language Model Distillation: A Constrained Markov Decision Process Perspective",
+        "id": "2509.22921",
+        "citation": """@article{zimmer2025rethinking,
+    title   = {Rethinking Large Language Model Distillation: A Constrained Markov Decision Process Perspective},
+    author  = {Matthieu Zimmer and Xiaotong Ji and Tu Nguyen and Haitham Bou Ammar},
+    journal = {arXiv:2509.22921}, year = 2025,
+}""",
+    }
 
-    def __init__(self, model, teacher: PreTrainedModel, reward_funcs, args: CMDPConfig, **kwargs):
+    def __init__(self, model, teacher_model: PreTrainedModel | str, reward_funcs, args: CMDPConfig, **kwargs):
+        least, prompts = args.generation_batch_size // args.num_generations, kwargs.get("train_dataset")
+        if hasattr(prompts, "__len__") and len(prompts) < least:
+            raise ValueError(f"The train_dataset has {len(prompts)} prompts and one batch takes {least}: give more.")
+        teacher, compared = load_teacher(teacher_model, kwargs.get("processing_class") or model, args)
         super().__init__(model, reward_funcs, args, **kwargs)
-        if getattr(getattr(teacher, "active_peft_config", None), "is_prompt_learning", False):
-            raise ValueError("The teacher has a learned prompt, which is not read: give one without, or with LoRA.")
-        student = self.accelerator.unwrap_model(self.model)
-        student, teacher = (x.get_base_model() if hasattr(x, "get_base_model") else x for x in (student, teacher))
-        self._vocab_size = ids = len(self._tokenizer)
-        self._sampled = args.divergence in SAMPLED
-        for role, other, fused in (("student", student, True), ("teacher", teacher, self._sampled)):
-            head = other.get_output_embeddings()
-            rows = getattr(head.weight, "ds_shape", head.weight.shape)[0]  # ZeRO-3 leaves an empty weight
-            if rows < ids:
-                raise ValueError(
-                    f"The {role}'s head has {rows} rows but the tokenizer {ids} ids: use one model family."
-                )
-            if fused and hasattr(head, "base_layer"):  # TRL's fused head reads the base layer's weight
-                raise ValueError(f"The adapter on the {role}'s LM head would be ignored: merge it (merge_and_unload).")
+        self._student = without_peft(self.accelerator.unwrap_model(self.model))
+        self._vocab_size, self._sampled = len(self._tokenizer), args.divergence in SAMPLED
+        check_heads(self._student, teacher, self._vocab_size, compared, self._sampled)
         if self._dist.is_zero3 and not self._sampled:  # the kernel cannot gather a head that is cut to the vocabulary
             raise ValueError("An exact divergence does not go with ZeRO-3: use ZeRO-2, FSDP or divergence='k2'.")
         if args.budget == math.inf and args.reward_form != "lagrangian" and args.step_budget is None:
@@ -150,14 +170,14 @@ class CMDPTrainer(GRPOTrainer):
         if args.fp16:  # its gradient scaler takes no bfloat16, in which TRL holds the adapter of a 4-bit student
             for parameter in filter(lambda p: p.requires_grad, self.model.parameters()):
                 parameter.data = parameter.data.float()
-        self.add_callback(DualAscent(args.lam))
+        self.add_callback(DualAscent(-1.0 if args.reward_form == "soft_hinge" else args.lam))
         # TRL would hide truncated completions from the scoring pass; `_leave_out_truncated` hides them from the loss
         self.mask_truncated_completions = False
 
         teacher.requires_grad_(False).eval()
         if self._sampled:
             add_fused_lm_head(teacher, temperature=self.temperature)
-        _allow_inside(student)
+        self._inside = _ForwardRedirection()
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             prepare = prepare_deepspeed if self.is_deepspeed_enabled else prepare_fsdp
             self.teacher = prepare(teacher, self.accelerator)
@@ -168,7 +188,6 @@ class CMDPTrainer(GRPOTrainer):
                 head = lm_head(self.accelerator.unwrap_model(self.teacher), self._vocab_size)
                 copied = self._dist.fsdp_version == 1  # otherwise whole already, or made so by `lm_head`
                 self._teacher_head = Head(*(x.clone() if copied and isinstance(x, Tensor) else x for x in head))
-        self._task_reward = None  # (N,) of the last rollouts of all processes, NaN where no function gave one
         self._scored = None  # what the scoring pass found, where TRL ran it for its old log-probabilities
         self._rollout_time = 0.0
 
@@ -176,37 +195,40 @@ class CMDPTrainer(GRPOTrainer):
         """TRL's fused forward `model(**call)`, None without labels, and the divergence from the teacher, of which
         `teacher` is what `_teacher_pass` gives, at the tokens of `where`, (B, T)."""
         if not self._sampled:
-            return model(**call, use_cache=False, inside=functools.partial(self._exact_divergence, teacher, where))
+            inside = functools.partial(self._exact_divergence, teacher, where)
+            return self._inside(model, self._student, inside, **call, use_cache=False)
         output, keep = model(**call, use_cache=False), where.shape[1]
         return output, divergences.sampled_divergence(output.log_probs[:, -keep:], teacher, self.args.divergence)
 
-    def _exact_divergence(self, teacher, where, model, forward, labels=None, fused_lm_head=False, **inputs):
-        """What `_student_pass` gives, computed inside the student's forward."""
-        keep, output, teacher = where.shape[1], None, (teacher, self._teacher_head)
-        settings = where, self.args.divergence, self.args.jsd_beta, self.temperature
-        together = fused_lm_head and divergences.own_tiles(teacher[0]) and "output_router_logits" not in inputs
-        if fused_lm_head and not together:
-            output, hidden = _with_hidden(model, keep, forward, labels=labels, fused_lm_head=True, **inputs)
-        else:
-            hidden = model.base_model(**inputs).last_hidden_state[:, -keep - 1 : -1]
-        if not together:
-            head = lm_head(model, self._vocab_size)
-            return output, divergences.divergence_from_hidden(hidden, head, *teacher, *settings)
-        tokens, mask = labels[:, -keep:].clamp(min=0), labels[:, -keep:] != -100
-        scores = divergences.score_on_cpu(hidden, lm_head(model), tokens, mask, *teacher, *settings)
+    def _exact_divergence(self, teacher, where, labels=None, fused_lm_head=False, **inputs):
+        """What `_student_pass` gives, computed inside the student's forward, where DDP and FSDP lend its parameters."""
+        keep, model, output, hidden = where.shape[1], self._student, None, []
+        other = teacher, self._teacher_head, where, self.args.divergence, self.args.jsd_beta, self.temperature
+        together = fused_lm_head and divergences.own_tiles(teacher) and "output_router_logits" not in inputs
+        hook = model.base_model.register_forward_hook(lambda *passed: hidden.append(passed[-1].last_hidden_state))
+        with self.accelerator.autocast(), hook:
+            if fused_lm_head and not together:
+                output = model(labels=labels, fused_lm_head=True, **inputs)
+            else:
+                model.base_model(**inputs)
+            hidden = hidden[0][:, -keep - 1 : -1]
+            if not together:
+                return output, divergences.divergence_from_hidden(hidden, lm_head(model, self._vocab_size), *other)
+            tokens, mask = labels[:, -keep:].clamp(min=0), labels[:, -keep:] != -100
+            scores = divergences.score_on_cpu(hidden, lm_head(model), tokens, mask, *other)
         return FusedCausalLMOutput(log_probs=scores[1], entropy=scores[2]), scores[0]
 
     @torch.no_grad()
-    def _teacher_pass(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
+    def _teacher_pass(self, keep: int, **inputs) -> Tensor:
         """The teacher's hidden states at the last `keep` tokens, (B, T, H), or its log-probabilities, (B, T), where the
         divergence is sampled."""
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         with self.accelerator.autocast():
             if self._sampled:
-                labels = input_ids.masked_fill(attention_mask == 0, -100)
+                labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
                 return self.teacher(**inputs, labels=labels, fused_lm_head=True).log_probs[:, -keep:]
-            inside = self.accelerator.unwrap_model(self.teacher)
-            return _with_hidden(inside, keep, self.teacher, **inputs, use_cache=False, logits_to_keep=1)[1]
+            model = self.accelerator.unwrap_model(self.teacher)
+            output = self._inside(self.teacher, model, model.base_model, **inputs, use_cache=False)
+            return output.last_hidden_state[:, -keep - 1 : -1]
 
     def _get_per_token_logps_and_entropies(self, model, *args, log_probs=True, **options):
         """TRL's. Given `self.model`, as after generation, it is the scoring pass: `self._scored` is then the divergence
@@ -216,7 +238,7 @@ class CMDPTrainer(GRPOTrainer):
         keep, parts = args[2], []
 
         def student(labels, fused_lm_head, **call):
-            teacher, where = self._teacher_pass(**call, keep=keep), call["attention_mask"][:, -keep:]
+            teacher, where = self._teacher_pass(keep, **call), call["attention_mask"][:, -keep:]
             head = {"labels": labels, "fused_lm_head": True} if log_probs or self._sampled else {}
             output, divergence = self._student_pass(model, teacher, where, **call, **head)
             parts.append((divergence, teacher))
@@ -226,6 +248,11 @@ class CMDPTrainer(GRPOTrainer):
         self._scored = tuple(map(torch.cat, zip(*parts, strict=True)))
         return result
 
+    def _tokenize_prompts(self, prompts):
+        if isinstance(prompts[0], str):
+            return tokenise(self._tokenizer, prompts), None, {}
+        return super()._tokenize_prompts(prompts)  # a chat template writes all special tokens
+
     def _generate(self, prompts):
         start = time.perf_counter()
         generated = super()._generate(prompts)
@@ -234,9 +261,10 @@ class CMDPTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, *args, **kwargs):
         rewards_per_func = super()._calculate_rewards(*args, **kwargs)  # (N, functions), of all processes
+        missing = rewards_per_func.isnan()
+        self._check_finite("A task reward", rewards_per_func[~missing])  # also of those that cancel, or weigh nothing
         total = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
-        self._check_finite("A task reward", total)
-        self._task_reward = total.masked_fill(rewards_per_func.isnan().all(dim=1), torch.nan)
+        self._task_reward = total.masked_fill(missing.all(dim=1), torch.nan)  # (N,)
         return rewards_per_func
 
     def _generate_and_score_completions(self, inputs):
@@ -259,8 +287,7 @@ class CMDPTrainer(GRPOTrainer):
         budget = trajectory_budget(args.budget, mask, args.budget_form)
         total = cumulative_cost(cost, mask, args.discount)[:, -1]
         self._check_finite("The cost of a completion", self.accelerator.gather(total))
-        excess = self.accelerator.gather(total - budget)
-        limit, task_weight, long_term, terms = self._objective(excess)
+        limit, task_weight, long_term, terms = self._objective(*map(self.accelerator.gather, (total, budget)))
 
         aim, charged = trajectory_budget(limit * (1 - args.margin), mask, args.budget_form), cost
         if args.step_budget is not None:  # a token's cost is its excess, of which nothing is allowed
@@ -275,29 +302,38 @@ class CMDPTrainer(GRPOTrainer):
 
         self._log_trajectories(task_reward, total, budget, mask, cost, modified)
         self._log("lambda", terms["lam"])
+        self._log("offset", terms.get("offset", 0.0))
         rollout_time = time.perf_counter() - start
         self._log("time/generation", self._generation_time)
         self._log("time/scoring", rollout_time - self._generation_time)  # rewards included
         self._rollout_time += rollout_time
         return outputs
 
-    def _objective(self, excess: Tensor) -> tuple[float, float, bool, dict]:
-        """What this step maximises: the budget, task_weight, long_term, and the settings of `modified_reward`. `excess`
-        is C - d of the rollouts of all processes, by which dual ascent also moves the next step's lambda."""
-        args, step, budget = self.args, self.state.global_step, self.args.budget
+    def _objective(self, total: Tensor, budget: Tensor) -> tuple[float, float, bool, dict]:
+        """What this step maximises: the budget, task_weight, long_term, and the settings of `modified_reward`. C and d
+        of the rollouts of all processes, (N,) each, also move the next step's multiplier by dual ascent: lambda by the
+        mean of C - d, the offset u of soft_hinge by that quantile of C/d - 1 which `csr_target` names."""
+        args, step, limit = self.args, self.state.global_step, self.args.budget
         dual = next(callback for callback in self.callback_handler.callbacks if isinstance(callback, DualAscent))
-        lam = dual.lam
+        terms = {"form": args.reward_form, "lam": args.lam, "penalty": args.penalty, "discount": args.discount}
+        if args.reward_form == "soft_hinge":
+            terms["offset"] = dual.multiplier
+            terms["sharpness"] = args.sharpness * min(1.0, max(step, 1) / (0.6 * max(1, self.state.max_steps)))
+            move = (total / budget.clamp(min=1e-9) - 1).quantile(args.csr_target).clamp(-0.2, 0.2)
+        else:
+            terms["lam"], move = dual.multiplier, (total - budget).mean()
         if args.dual_rate and self.model.training:
-            dual.lam = max(0.0, lam + args.dual_rate * float(excess.mean()))
-        terms = {"form": args.reward_form, "lam": lam, "penalty": args.penalty, "discount": args.discount}
+            moved = dual.multiplier + args.dual_rate * float(move)
+            dual.multiplier = moved if args.reward_form == "soft_hinge" else max(0.0, moved)
         soft = {"form": "lagrangian", "penalty": 0.0}
         if step < args.distil_steps:
-            return budget, 0.0, False, terms | soft | {"lam": 1.0}
+            return limit, 0.0, False, terms | soft | {"lam": 1.0}
         if args.budget_from is not None:
-            budget += max(0.0, 1 - 2 * step / max(1, self.state.max_steps)) * (args.budget_from - args.budget)
-        if args.csr_target is not None and float((excess <= 0).float().mean()) < args.csr_target:
+            limit += max(0.0, 1 - 2 * step / max(1, self.state.max_steps)) * (args.budget_from - args.budget)
+        adaptive = args.csr_target is not None and args.reward_form != "soft_hinge"
+        if adaptive and float((total <= budget).float().mean()) < args.csr_target:
             terms |= soft
-        return budget, args.task_weight, args.long_term, terms
+        return limit, args.task_weight, args.long_term, terms
 
     def _advantages(self, earned, cost, mask, budget) -> Tensor:
         """(B,), or (B, T) where credit is per token. The groups may span processes."""
@@ -372,6 +408,17 @@ class CMDPTrainer(GRPOTrainer):
             self._check_finite("The norm of the gradient", grad_norm)
         return grad_norm
 
+    def create_model_card(self, *args, **kwargs) -> None:
+        """TRL's, and what was measured at the last step that was logged."""
+        super().create_model_card(*args, **kwargs)
+        logs = [row for row in self.state.log_history if "csr" in row]
+        if logs and self.is_world_process_zero():
+            shown = {**vars(self.args), **logs[-1]}
+            names = ("budget", "budget_form", "step", "csr", "task_reward", "cost/mean")
+            with open(f"{self.args.output_dir}/README.md", "a", encoding="utf-8") as card:
+                card.write("\n\n## Measured on training prompts\n\n| measure | value |\n|---|---|\n")
+                card.writelines(f"| {name} | {shown[name]} |\n" for name in names)
+
     def _log(self, name: str, value: float) -> None:
         self._metrics["train" if self.model.training else "eval"][name].append(value)
 
@@ -381,9 +428,7 @@ class CMDPTrainer(GRPOTrainer):
 
     def _check_finite(self, name: str, values) -> None:
         if not torch.as_tensor(values).isfinite().all():
-            raise ValueError(
-                f"{name} is not finite at step {self.state.global_step}: it is not used and training stops."
-            )
+            raise ValueError(f"{name} is not finite at step {self.state.global_step}: training stops before its use.")
 
     def _log_loss(self, name: str, quantity: str, loss: Tensor) -> None:
         scale = self.current_gradient_accumulation_steps if self.model.training else 1.0
@@ -396,41 +441,19 @@ class CMDPTrainer(GRPOTrainer):
         columns = [task_reward, total, budget, mask.sum(1), (modified.over * mask).sum(1), modified.total, cost.sum(1)]
         gathered = self.accelerator.gather(torch.stack([column.float() for column in columns], dim=1))
         reward, total, budget, length, over, modified_total, undiscounted = gathered.unbind(dim=1)
-        remaining = budget - total
         tokens = length.sum().clamp(min=1)
         for name, value in {
             "task_reward": reward.nanmean(),
             "modified_reward": modified_total.nanmean(),
-            "csr": (remaining >= 0).float().mean(),
+            "csr": (total <= budget).float().mean(),
             "cost/mean": total.mean(),
             "cost/q50": total.quantile(0.5),
             "cost/q90": total.quantile(0.9),
             "kl_per_token": undiscounted.sum() / tokens,
-            "remaining_budget": remaining.mean(),
+            "remaining_budget": (budget - total).mean(),
             "over_budget_tokens": over.sum() / tokens,
         }.items():
             self._log(name, float(value))
-
-
-def _allow_inside(model: PreTrainedModel) -> None:
-    """Let `model(inside=f, **inputs)` return `f(model, forward, **inputs)`, where `forward` is TRL's fused one: inside
-    DDP's and FSDP's wrappers, where the parameters must be used."""
-    fused_forward = model.forward
-
-    @functools.wraps(type(model).forward)
-    def forward(model, *inputs, inside=None, **kwargs):
-        return fused_forward(*inputs, **kwargs) if inside is None else inside(model, fused_forward, *inputs, **kwargs)
-
-    model.forward = types.MethodType(forward, model)
-
-
-def _with_hidden(model: PreTrainedModel, keep: int, call, **inputs) -> tuple:
-    """`call(**inputs)`, and the last hidden states of `model` that predict the last `keep` tokens: by a hook, because
-    `call` goes through DDP's or FSDP's wrapper, which would drop them."""
-    kept = []
-    with model.base_model.register_forward_hook(lambda *passed: kept.append(passed[-1].last_hidden_state)):
-        output = call(**inputs)
-    return output, kept[0][:, -keep - 1 : -1]
 
 
 def _loss_mask(inputs: dict[str, Tensor]) -> Tensor:

@@ -38,5 +38,8 @@ def main() -> None:
     arguments = parser.parse_args()
     place, _, takes_name = STAGES[arguments.stage]
     module, _, function = place.partition(":")
-    stage = getattr(importlib.import_module(f"replication.{module}"), function)
+
+    def stage(*names: str) -> None:
+        getattr(importlib.import_module(f"replication.{module}"), function)(*names)
+
     call(f"replication {arguments.stage}", stage, *([arguments.name] if takes_name else []))

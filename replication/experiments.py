@@ -10,7 +10,7 @@ import pandas as pd
 import yaml
 from omegaconf import OmegaConf
 
-from cmdp.storage import read_yaml, write_text
+from cmdp.storage import check_names, read, read_yaml, write_text
 
 EXPERIMENTS, PARAMS = Path("experiments.yaml"), Path("params.yaml")
 RESULTS, FIGURES, MODELS = Path("results"), Path("figures"), Path("models")
@@ -33,15 +33,28 @@ class Row:
     tuned: str = ""  # the entry of results/chosen.yaml it starts from; the name unless given
     settings: dict = field(default_factory=dict)
 
+    def __post_init__(self):
+        check_names(self.key, self.part, self.start)
+
     def folder(self, root: Path = RESULTS / "runs") -> Path:
         """Where its results lie."""
         return root / self.part / self.key
 
 
+def sections(path: Path, *names: str) -> list[dict]:
+    """Sections of a YAML file. Raises `ValueError` for one that it has not."""
+    content = read_yaml(path)
+    if missing := [name for name in names if not isinstance(content.get(name), dict)]:
+        raise ValueError(f"{path} has no section {missing[0]!r}. It has: {', '.join(map(str, content))}.")
+    return [content[name] for name in names]
+
+
 def rows(path: Path = EXPERIMENTS, part: str | None = None) -> dict[str, Row]:
     """The runs by key, of one `part` or all. Raises `ValueError` for an unknown field, or a name's seed given twice."""
     found = {}
-    for key, fields in read_yaml(path)["runs"].items():
+    for key, fields in sections(path, "runs")[0].items():
+        if not isinstance(fields, dict) or not {"method", "seeds"} <= set(fields):
+            raise ValueError(f"{path}: run {key} needs a method and seeds.")
         if unknown := sorted(set(fields) - set(Row.__dataclass_fields__)):
             raise ValueError(f"{path}: run {key} has unknown fields {unknown}: use {sorted(Row.__dataclass_fields__)}.")
         name = fields.get("name", key)
@@ -70,7 +83,7 @@ def gather(table: str, runs: dict[str, Row], root: Path = RESULTS / "runs") -> p
         path = row.folder(root) / f"{table}.csv"
         if not path.is_file():
             raise FileNotFoundError(f"There is no {path}: run `dvc repro run@{row.key}` first.")
-        tables.append(pd.read_csv(path, keep_default_na=table != "completions").assign(run=row.name))
+        tables.append(read(path, keep_default_na=table != "completions").assign(run=row.name))
     gathered = pd.concat([table for table in tables if len(table)] or tables, ignore_index=True)
     return gathered[["run", *gathered.columns.drop("run")]]
 

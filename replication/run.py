@@ -21,7 +21,7 @@ from cmdp.train import (
     steps_to,
     train,
 )
-from replication.experiments import CHOSEN, COLUMNS, EXPERIMENTS, PARAMS, RESULTS, START, row
+from replication.experiments import CHOSEN, COLUMNS, EXPERIMENTS, PARAMS, RESULTS, START, row, sections
 
 
 def pretrain(role: str) -> None:
@@ -29,14 +29,15 @@ def pretrain(role: str) -> None:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    params = storage.read_yaml(PARAMS)
-    if role not in params["start"]:
-        raise ValueError(f"{PARAMS} has no start model {role!r}. It has: {', '.join(params['start'])}.")
-    shape = dict(params["start"][role])
-    settings = params["supervised"] | {key: shape.pop(key) for key in ("max_steps", "learning_rate")}
-    tokenizer = build_tokenizer(load_task(params["task"]["name"]).vocabulary())
+    storage.check_names(role)
+    roles, supervised, task = sections(PARAMS, "start", "supervised", "task")
+    if role not in roles:
+        raise ValueError(f"{PARAMS} has no start model {role!r}. It has: {', '.join(roles)}.")
+    shape = dict(roles[role])
+    settings = supervised | {key: shape.pop(key) for key in ("max_steps", "learning_rate")}
+    tokenizer = build_tokenizer(load_task(task["name"]).vocabulary())
     model = build_model(tokenizer, **shape, seed=settings["seed"])
-    problems = load_problems(params["task"])["supervised"]
+    problems = load_problems(task)["supervised"]
     made_by = storage.fingerprint({"shape": shape, "settings": settings, "problems": problems}, [])
     checkpoints, resume = storage.checkpoint_folder(f"start/{role}", made_by)
     texts = ([problem[key] for problem in problems] for key in ("prompt", "solution"))
@@ -51,7 +52,7 @@ def pretrain(role: str) -> None:
     trainer = SFTTrainer(model, args, train_dataset=Dataset.from_list(encoded), processing_class=tokenizer)
     with steps_to(checkpoints / "steps.txt"):
         log = run_trainer(trainer, resume)
-    with storage.whole(START / role) as folder:
+    with storage.whole(START / role) as folder, storage.named(folder):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     storage.drop(checkpoints)
@@ -61,18 +62,18 @@ def pretrain(role: str) -> None:
 
 def experiment(name: str, start: str, runs: dict[str, dict]) -> Experiment:
     """The experiment of params.yaml, with `runs`, from the student `start`."""
-    params = storage.read_yaml(PARAMS)
-    evaluate = Evaluation(**{key: value for key, value in params["evaluate"].items() if key != "longer"})
+    task, budget, trained, measured = sections(PARAMS, "task", "budget", "train", "evaluate")
+    evaluate = Evaluation(**{key: value for key, value in measured.items() if key != "longer"})
     models = {"student": ModelSpec(str(START / start)), "teacher": ModelSpec(str(START / "teacher"))}
-    shared = {"task": params["task"], "budget": Budget(**params["budget"]), "train": params["train"], "seeds": []}
+    shared = {"task": task, "budget": Budget(**budget), "train": trained, "seeds": []}
     return Experiment(name=name, runs=runs, evaluate=evaluate, **models, **shared)
 
 
 def run(key: str) -> None:
     """Train and measure one run, all of its seeds: results/runs/PART/KEY. Raises `ValueError` if there is no such run,
     or tuning has chosen no settings for it."""
-    this, chosen = row(key), storage.read_yaml(CHOSEN)["runs"]
-    if this.tuned not in chosen:
+    this, (chosen,) = row(key), sections(CHOSEN, "runs")
+    if not isinstance(chosen.get(this.tuned), dict):
         raise ValueError(f"{CHOSEN} has no settings of {this.tuned!r}: give it trials in {EXPERIMENTS}, and tune it.")
     planned = experiment(this.part, this.start, {key: {"method": this.method, **chosen[this.tuned], **this.settings}})
     found = [_measured(planned, key, seed, compact=this.part != "default") for seed in this.seeds]
@@ -86,24 +87,24 @@ def _measured(planned: Experiment, key: str, seed: int, compact: bool) -> dict[s
     """The tables of one run and seed. `compact` leaves out what only the default experiment shows: greedy completions,
     the training curve, the cost by position, and examples of wrong steps that lead to the right answer."""
     folder = train(planned, key, seed, check_fit=False)
-    pair, params = load_trained(planned, key, seed), storage.read_yaml(PARAMS)
+    pair, (task, evaluate) = load_trained(planned, key, seed), sections(PARAMS, "task", "evaluate")
     test, positions = measure(planned, pair, seed, greedy=planned.evaluate.greedy and not compact)
-    longer = dict(params["evaluate"]["longer"])
+    longer = dict(evaluate["longer"])
     drawn = {"sizes": {"longer": longer.pop("prompts")}, "steps": longer.pop("steps")}
-    problems = load_problems(params["task"] | drawn)["longer"]
+    problems = load_problems(task | drawn)["longer"]
     more, _ = measure(planned, pair, seed, problems, greedy=False, **longer)
     completions = pd.concat([test.assign(split="test"), more.assign(split="longer")], ignore_index=True)
     completions = completions[["split", *completions.columns.drop(["split", "completion"])]]
-    log = pd.read_csv(folder / TRAINING)
+    log = storage.read(folder / TRAINING)
     steps = log[log["csr"].notna()] if "csr" in log else log.iloc[:0]
-    times = {"steps": planned.train["max_steps"], "seconds": log.get("train_runtime", pd.Series(dtype=float)).sum()}
+    times = {"steps": planned.train["max_steps"], "seconds": log.get("seconds", pd.Series([0.0])).max()}
     times |= {"parameters": pair[0].num_parameters(), **steps.reindex(columns=PHASES).median()}
     tables = {"completions": completions, "times": pd.DataFrame([times])}
     if compact:
         tables["completions"] = completions.reindex(columns=[name for name in COLUMNS if name != "seed"]).round(4)
     else:
         lucky = test.query("decoding == 'sampled' and correct == 1 and valid == 0")[["prompt", "completion"]]
-        held_out = load_problems(params["task"])[planned.evaluate.split]
+        held_out = load_problems(task)[planned.evaluate.split]
         lucky = lucky.assign(problem=[held_out[index]["prompt"].strip() for index in lucky["prompt"]])
         tables |= {"positions": positions, "training": steps.reindex(columns=LOGGED), "examples": lucky}
     for table in tables.values():
@@ -113,18 +114,19 @@ def _measured(planned: Experiment, key: str, seed: int, compact: bool) -> dict[s
 
 def trial(name: str) -> None:
     """Train the trials of one entry of tuning, and measure them on validation prompts: results/tuning/NAME.csv."""
-    tuning, params = storage.read_yaml(EXPERIMENTS)["tuning"], storage.read_yaml(PARAMS)
+    (tuning,), (task, budget) = sections(EXPERIMENTS, "tuning"), sections(PARAMS, "task", "budget")
+    storage.check_names(name)
     if name not in tuning["trials"]:
         raise ValueError(f"{EXPERIMENTS} has no trials of {name!r}. It has: {', '.join(tuning['trials'])}.")
     method, grid = tuning["trials"][name]["method"], tuning["trials"][name]["grid"]
     runs = {f"{name}-{index}": {"method": method, **tried} for index, tried in enumerate(grid)}
-    planned, problems, rows = experiment("tuning", "student", runs), load_problems(params["task"])["validation"], []
+    planned, problems, rows = experiment("tuning", "student", runs), load_problems(task)["validation"], []
     measures = {"accuracy": "correct", "csr": "satisfied", "accuracy_within": "correct_within", "cost": "cost"}
     for (index, key), seed in itertools.product(enumerate(runs), tuning["seeds"]):
         train(planned, key, seed, check_fit=False)
         pair = load_trained(planned, key, seed)
         completions, _ = measure(planned, pair, seed, problems, samples=tuning["samples"], greedy=False)
-        sampled = with_budget(completions, **params["budget"])
+        sampled = with_budget(completions, **budget)
         means = {measure: sampled[column].mean() for measure, column in measures.items()}
         rows.append({"index": index, "seed": seed, **grid[index], **means})
     path = RESULTS / "tuning" / f"{name}.csv"

@@ -188,7 +188,11 @@ def written_out(task, cost, mask, budget, lam, penalty, form, phi, discount):
             exhausted = True
     if form in ("overshoot", "hinge") and spent > budget:
         rewards[last] -= penalty + lam * (spent - budget)
-    if form in ("lagrangian", "hinge") or spent <= budget:
+    if form == "soft_hinge":
+        limit, k = max(budget, 1e-9), 10.0
+        softplus = [max(x, 0.0) + math.log1p(math.exp(-abs(x))) for x in (k * (spent / limit - 1), -k)]
+        rewards[last] -= lam * limit / k * (softplus[0] - softplus[1])
+    if form in ("lagrangian", "hinge", "soft_hinge") or spent <= budget:
         rewards[last] += task
     return rewards
 
@@ -330,12 +334,31 @@ def test_hinge_keeps_the_task_reward_and_is_continuous_at_a_crossing_but_for_the
     assert below - above == pytest.approx(0.7, abs=1e-8)
 
 
+@pytest.mark.parametrize("cost", [0.3, 1.0, 1.4])
+def test_soft_hinge_lies_between_lagrangian_and_hinge_and_its_weight_is_the_slope_of_its_charge(cost):
+    def charge(cost, **terms):
+        paid = torch.tensor([[cost]], dtype=torch.float64)
+        found = modified_reward(torch.zeros(1), paid, torch.ones(1, 1), torch.ones(1), lam=2.0, **terms)
+        return -float(found.total), float(found.weight)
+
+    soft = {"form": "soft_hinge", "sharpness": 7.0, "offset": -0.5}
+    slope = (charge(cost + 1e-6, **soft)[0] - charge(cost - 1e-6, **soft)[0]) / 2e-6
+    assert charge(cost, **soft)[1] == pytest.approx(slope, rel=1e-6)
+    assert charge(0.0, **soft)[0] == 0
+    flat = charge(cost, form="soft_hinge", sharpness=1e-6, offset=-0.5)[0]
+    assert flat == pytest.approx(2.0 / (1 + math.exp(0.5)) * cost, rel=1e-4)
+    sharp = charge(cost, form="soft_hinge", sharpness=1e4, offset=0.0)[0]
+    assert sharp == pytest.approx(charge(cost, form="hinge")[0], abs=1e-3)
+
+
 def test_overshoot_and_hinge_charge_the_tokens_that_spent_the_budget_and_exhausted_only_those_after():
     cost, mask = torch.tensor([[0.6, 0.6, 0.6]]), torch.ones(1, 3)
     weights = {
         form: modified_reward(torch.ones(1), cost, mask, torch.tensor([1.0]), lam=2.0, form=form).weight.tolist()
         for form in FORMS
     }
+    price = 2.0 / (1 + math.exp(-10.0 * 0.8))
+    assert weights.pop("soft_hinge") == [[pytest.approx(price)] * 3]
     assert weights == {
         "exhausted": [[0.0, 2.0, 2.0]],
         "overshoot": [[2.0] * 3],

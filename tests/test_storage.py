@@ -129,3 +129,51 @@ def test_overrides_take_the_place_of_what_a_file_says():
     assert storage.read_yaml(Path("params.yaml"), "a.b=3", "d=[4]", "e.f=x") == {
         "a": {"b": 3, "c": 2}, "d": [4], "e": {"f": "x"}
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["sft", "cmdp-at-0.5", "4b.it"])
+def test_a_name_is_a_part_of_a_path(name):
+    storage.check_names(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["sft-/../../victim", "..", ".a", "a/b", "a\\b", "A", "", "a b", "a\n", "a" * 300, "é", None]
+)
+def test_what_is_no_name_is_refused(name):
+    with pytest.raises(ValueError, match="is no name") as raised:
+        storage.check_names("sft", name)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["record.json", "table.csv"])
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\x00", b'{"a": '], ids=["missing", "empty", "noise", "half"])
+def test_a_damaged_file_is_named_in_one_line(name, content):
+    if content == b'{"a": ' and name == "table.csv":
+        pytest.skip("a table of one column")
+    if content is not None:
+        Path(name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} cannot be read: .") as raised:
+        storage.read(Path(name))
+    assert "\n" not in str(raised.value)
+
+
+def test_what_cannot_be_written_is_named_and_the_old_file_stays(monkeypatch):
+    storage.write_text("old", Path("out/file"))
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"out/file cannot be written .*No space left"):
+        storage.write_text("new", Path("out/file"))
+    assert Path("out/file").read_text() == "old"
+    Path("folder").touch()
+    with pytest.raises(OSError, match="folder"):
+        storage.write_text("new", Path("folder/file"))
+
+
+def test_an_error_of_a_library_is_one_line_and_an_interrupt_stays_one():
+    with pytest.raises(OSError, match=r"^weights cannot be written .*: two lines$"), storage.named("weights"):
+        raise Exception("two\nlines")
+    with pytest.raises(KeyboardInterrupt), storage.named("weights"):
+        raise KeyboardInterrupt

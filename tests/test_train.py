@@ -238,8 +238,10 @@ def test_every_kind_of_method_trains(small, method):
     assert json.loads((folder / "cmdp.json").read_text())["method"] == method
 
 
-def test_prompts_carry_their_own_special_tokens_and_are_tokenised_without_more(small, tmp_path, monkeypatch):
+def test_prompts_start_once_in_training_and_in_evaluation(small, tmp_path, monkeypatch):
     from tokenizers.processors import TemplateProcessing
+
+    from cmdp.evaluation import generate
 
     folder = write_model(tmp_path / "base", "llama", 0)
     plain = load_tokenizer(folder)
@@ -249,17 +251,35 @@ def test_prompts_carry_their_own_special_tokens_and_are_tokenised_without_more(s
     assert tokenizer("a b").input_ids == [2, 3, 4]
     rows = [{"prompt": "a b", "answer": "c"}, {"prompt": "a b c d e f g", "answer": "d"}]
     monkeypatch.setattr(train, "load_problems", lambda task, tokenizer: {"train": rows})
-    experiment = train.read(small, "task.prompt_length=4")
-    problems = experiment.problems("train", tokenizer)
-    assert [row["answer"] for row in problems] == ["c"]  # the other is too long
-    assert problems[0]["prompt"] == "<unk>a b"
-    assert train._plain(tokenizer)(problems[0]["prompt"]).input_ids == [2, 3, 4]
-    assert tokenizer("a b").input_ids == [2, 3, 4]  # what is saved with the student
-    assert experiment.problems("train", plain)[0]["prompt"] == "a b"
-    rows[0]["prompt"] = "<unk>a b"  # a chat template writes it
-    assert experiment.problems("train", tokenizer)[0]["prompt"] == "<unk>a b"
+    student = build_model(plain, layers=1, hidden=16, heads=2, seed=0)
+    for limit, used, start in ((3, tokenizer, [2]), (2, plain, [])):  # BOS counts
+        for prompt in ("a b", "<unk>a b") if start else ("a b",):  # a chat template writes it
+            rows[0]["prompt"] = prompt
+            problems = train.read(small, f"task.prompt_length={limit}").problems("train", used)
+            assert [row["answer"] for row in problems] == ["c"]  # the other is too long
+            ids, *_ = generate(student, used, [problems[0]["prompt"], "a"], False, 1)
+            assert ids[0, :-1].tolist() == [*start, 3, 4]
+            assert ids[1, :-1].tolist() == [used.pad_token_id, *start, 3]
     with pytest.raises(ValueError, match=r"raise task\.prompt_length"):
-        train.read(small, "task.prompt_length=1").problems("train", tokenizer)
+        train.read(small, "task.prompt_length=2").problems("train", tokenizer)
+
+
+@pytest.mark.parametrize("method", ["cmdp", "trl-grpo", "trl-gkd"])
+def test_every_trainer_tokenises_prompts_alike(small, tmp_path, monkeypatch, method):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = load_tokenizer("student")
+    tokenizer.bos_token = "<unk>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 2)])
+    found = []
+    monkeypatch.setattr(train, "run_trainer", lambda trainer, resume: found.append(trainer) or [])
+    models = [build_model(tokenizer, layers=1, hidden=16, heads=2, seed=seed) for seed in (0, 1)]
+    problems = train.read(small).problems("train", tokenizer)
+    settings = {"per_device_train_batch_size": 4, "num_generations": 2, "use_cpu": True}
+    train.distil(method, *models, tokenizer, problems, bool, tmp_path, False, settings)
+    prompt = problems[0]["prompt"]
+    (plain,) = tokenizer([prompt], add_special_tokens=False).input_ids
+    assert found[0]._tokenize_prompts([prompt, "<unk>" + prompt])[0] == [[2, *plain]] * 2
 
 
 def test_the_colab_notebook_runs_on_a_cpu_with_small_models(small):

@@ -6,6 +6,7 @@ In one process: test_distributed.py has several.
 import copy
 import functools
 import gc
+import itertools
 import math
 import warnings
 import weakref
@@ -214,6 +215,7 @@ def reference(
     margin=0.0,
     step_budget=None,
     long_term=True,
+    **_,
 ) -> torch.Tensor:
     """The loss of section 6 whose gradient is section 4 (c), from its formulas: a loop over completions and tokens."""
     rewards, policy, direct, tokens, violations = score(COMPLETIONS), [], [], 0, 0
@@ -235,6 +237,10 @@ def reference(
             kept = rewards[index] if spent <= limit or reward_form == "hinge" else 0.0
             total, charge = (kept - penalty, lam * (spent - limit)) if spent > limit else (kept, 0.0)
             charged = gammas * (spent > limit)
+        elif reward_form == "soft_hinge":  # at the first step of one, where k is whole and u at its start
+            shift = [torch.nn.functional.softplus(torch.as_tensor(x)) for x in (10 * (spent / limit - 1) - 1, -11.0)]
+            total, charge = rewards[index], lam * limit / 10 * (shift[0] - shift[1])
+            charged = gammas * torch.sigmoid(10 * (spent / limit - 1) - 1)
         else:
             total, charge = rewards[index], lam * spent
             charged = gammas
@@ -261,6 +267,7 @@ CASES = {
     "overshoot": {"reward_form": "overshoot", "lam": 0.5},
     "overshoot-discounted": {"reward_form": "overshoot", "penalty": 0.5, "discount": 0.9, "loss_type": "dr_grpo"},
     "hinge": {"reward_form": "hinge", "lam": 0.5, "penalty": 0.3, "discount": 0.9},
+    "soft-hinge": {"reward_form": "soft_hinge", "lam": 0.7, "csr_target": 0.9, "dual_rate": 0.5},
     "lagrangian": {"reward_form": "lagrangian", "lam": 0.1},
     "margin": {"reward_form": "overshoot", "margin": 0.2},
     "worst-case": {"reward_form": "overshoot", "step_budget": 0.9},
@@ -366,6 +373,24 @@ def test_dual_ascent_follows_the_mean_excess_and_survives_a_resume(original_pair
     resumed = build(*copy.deepcopy(original_pair), tokenizer, tmp_path, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert [e["lambda"] for e in resumed.state.log_history if "csr" in e] == [e["lambda"] for e in log]
+
+
+def test_the_offset_of_soft_hinge_follows_a_quantile_of_the_cost_and_survives_a_resume(
+    original_pair, tokenizer, tmp_path
+):
+    """u rises by rate times the clipped quantile of C/d - 1; a resumed run goes on with it."""
+    options = {"reward_form": "soft_hinge", "csr_target": 0.9, "dual_rate": 0.5, "budget": BUDGET, "save_steps": 2}
+    options |= {"max_steps": 4, "learning_rate": 1e-3, "lr_scheduler_type": "constant", "save_strategy": "steps"}
+    whole = build(*copy.deepcopy(original_pair), tokenizer, tmp_path, **options)
+    whole.train()
+    offsets = [entry["offset"] for entry in whole.state.log_history if "csr" in entry]
+    assert offsets[0] == -1.0
+    spent = [entry["cost/q90"] for entry in whole.state.log_history if "csr" in entry]
+    moves = [after - before for before, after in itertools.pairwise(offsets)]
+    assert moves == pytest.approx([0.5 * min(max(q90 / BUDGET - 1, -0.2), 0.2) for q90 in spent[:-1]], rel=1e-5)
+    resumed = build(*copy.deepcopy(original_pair), tokenizer, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [entry["offset"] for entry in resumed.state.log_history if "csr" in entry] == offsets
 
 
 def test_credit_token_by_token_reaches_the_policy(original_pair, tokenizer, tmp_path):
@@ -983,7 +1008,11 @@ def test_a_head_with_too_few_rows_is_refused_by_name(student, teacher, tokenizer
         ({"budget_form": "weekly"}, "'weekly'"),
         ({"lam": -0.1}, "0 or more"),
         ({"penalty": -0.1}, "0 or more"),
-        ({"dual_rate": 0.1}, "dual_rate moves the weight of the mean cost"),
+        ({"dual_rate": 0.1}, "dual_rate needs reward_form"),
+        ({"reward_form": "soft_hinge", "budget": 1.0}, "soft_hinge needs"),
+        ({"reward_form": "soft_hinge", "csr_target": 0.9, "dual_rate": 0.1}, "and a budget"),
+        ({**METHODS["cmdp-chance"], "budget": 1.0, "penalty": 1.0}, "penalty n"),
+        *[({"sharpness": value}, "sharpness must be") for value in (math.nan, math.inf, 0.0)],
         ({"margin": 1.0}, "share of the budget"),
         ({"step_budget": -1.0}, "0 nats or more"),
         ({"credit": "token"}, "credit must be 'sequence' or"),

@@ -22,6 +22,7 @@ NAMES |= {"gsm8k": "gsm", "math": "competition_math"}  # as the datasets are cal
 QUESTIONS = ("prompt", "question", "problem")  # columns that are looked for
 SUBJECTS = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus"
 HUB = {"openai/gsm8k": "main", "EleutherAI/hendrycks_math": SUBJECTS}  # configurations that are read
+RESERVED = ("prompts", "completion", "completions", "completion_ids")  # arguments of a reward that are no columns
 FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -162,7 +163,8 @@ def from_dataset(
                 if not row[column] or not isinstance(row[column], (str, list)):
                     raise ValueError(f"has no text in {column!r}")
                 row |= {"answer": row[answer_column]} if answer_column else {}
-                parsed = task.parse(row) if hasattr(task, "parse") else row
+                own = {name: value for name, value in row.items() if name not in RESERVED}
+                parsed = task.parse(row) if hasattr(task, "parse") else own
                 found.append({**parsed, "prompt": prompt(row[column], column)})
             except Exception as error:  # a chat template may raise its own
                 raise ValueError(f"{where}, row {number}: {' '.join(str(error).split())}.") from error
