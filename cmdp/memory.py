@@ -124,7 +124,10 @@ def _skeleton(config, spec: ModelSpec | None = None, layers: int | None = None) 
     """The model of a configuration without weights, of so many `layers`, under the adapter of `spec`, if given."""
     config = copy.deepcopy(config)
     if layers:
-        config.get_text_config().num_hidden_layers = layers
+        text = config.get_text_config()
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):  # one per layer
+            text.layer_types = (layers * text.layer_types)[:layers]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="counted")
         model.tie_weights()

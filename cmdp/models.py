@@ -184,8 +184,9 @@ def find_tokenizer(model: PreTrainedModel | str, revision: str | None = None, tr
 def tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """The ids of texts, each after what the tokenizer starts a text with (BOS), once, whether or not the text brings it
     along; without what it ends one with. Raises `ValueError` for a text without ids."""
-    whole, (one, *ids) = tokenizer("a").input_ids, tokenizer(["a", *texts], add_special_tokens=False).input_ids
-    start = whole[: len(whole) - whole[::-1].index(one[-1]) - len(one)]  # before the text's own, which are `one`
+    ids = tokenizer(texts, add_special_tokens=False).input_ids
+    whole, own = tokenizer(texts[0]).input_ids, ids[0]
+    start = next((whole[:at] for at in range(len(whole)) if own and whole[at : at + len(own)] == own), [])
     ids = [row if row[: len(start)] == start else start + row for row in ids]
     if not all(ids):
         raise ValueError("A prompt is empty: leave it out, or give it a token.")

@@ -36,6 +36,8 @@ def shape(family, hidden, intermediate, layers, heads, kv_heads, rows, tied, **m
 PUBLISHED = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": (("llama", 576, 1536, 30, 9, 3, 49152, True), 134_515_008),
     "HuggingFaceTB/SmolLM2-360M-Instruct": (("llama", 960, 2560, 32, 15, 5, 49152, True), 361_821_120),
+    "Qwen/Qwen2.5-0.5B-Instruct": (("qwen2", 896, 4864, 24, 14, 2, 151936, True), 494_032_768),
+    "Qwen/Qwen2.5-1.5B-Instruct": (("qwen2", 1536, 8960, 28, 12, 2, 151936, True), 1_543_714_304),
     "Qwen/Qwen2.5-Math-1.5B": (("qwen2", 1536, 8960, 28, 12, 2, 151936, True), 1_543_714_304),
     "Qwen/Qwen2.5-Math-7B": (("qwen2", 3584, 18944, 28, 28, 4, 152064, False), 7_615_616_512),
     "meta-llama/Llama-3.2-3B-Instruct": (("llama", 3072, 8192, 28, 24, 8, 128256, True), 3_212_749_824),

@@ -282,19 +282,6 @@ def test_every_trainer_tokenises_prompts_alike(small, tmp_path, monkeypatch, met
     assert found[0]._tokenize_prompts([prompt, "<unk>" + prompt])[0] == [[2, *plain]] * 2
 
 
-def test_the_colab_notebook_runs_on_a_cpu_with_small_models(small):
-    """By papermill, with a parameter file and overrides of its own; a second execution finds everything finished."""
-    import papermill
-
-    parameters = {"profile": str(small.resolve()), "overrides": ["seeds=[0]", "train.max_steps=2"]}
-    for name in ("executed.ipynb", "again.ipynb"):
-        notebook = str(ROOT / "notebooks" / "colab.ipynb")
-        papermill.execute_notebook(notebook, name, parameters, progress_bar=False, kernel_name="python3")
-        assert "accuracy (%)" in Path(name).read_text()
-    assert {path.name for path in Path("results/small/completions").iterdir()} == {"sft", "cmdp"}
-    assert "models/small/cmdp/0 is finished" in Path("again.ipynb").read_text()
-
-
 def test_numbers_without_a_point_and_lists_are_read_as_such(small):
     experiment = train.read(small, "train.learning_rate=2e-5", "budget.budget=1e-1", "runs.cmdp.lam=3e-1", "seeds=[7]")
     settings = experiment.settings("cmdp", 7)
