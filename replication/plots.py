@@ -237,7 +237,7 @@ def frontier(table: pd.DataFrame, style: Style, target: float) -> plt.Figure:
 def capacity(summary: pd.DataFrame, style: Style, runs: dict[str, Row], target: float) -> plt.Figure:
     """Accuracy against CSR at the default budget, a panel per student: one of a third of the parameters, the default
     one, and the teacher distilled into itself."""
-    tuned = set(summary.loc[summary["family"] == "capacity", "tuned"])
+    tuned = {row.tuned for row in runs.values() if row.family == "capacity"}
     shown = [name for name, row in runs.items() if row.tuned in tuned and not row.settings and name != "teacher"]
     about = {"index": ["run", "tuned", "start"], "columns": "measure", "values": [*ENDS]}
     table = summary[summary["run"].isin(shown)].pivot(**about)

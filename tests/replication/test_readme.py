@@ -6,12 +6,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from cmdp.methods import METHODS
-from cmdp.statistics import with_budget
 from cmdp.storage import read_yaml, write_json
 from replication import readme
 from replication.experiments import gather, rows
-from replication.tables import difference
 from replication.theory.tables import sampled_learners
 
 ROOT = Path(__file__).parents[2]
@@ -48,8 +45,9 @@ def test_before_the_study_has_run_its_tables_stay_as_they_are(here, tmp_path, mo
     (tmp_path / "text.md").write_text(marked(readme.FILES["README.md"]))
     (tmp_path / "runs").symlink_to(ROOT / "results" / "runs")
     text = readme.filled(tmp_path / "text.md", tmp_path)
-    assert text.count("old") == 1
-    assert "<!-- verdicts: generated -->\nold\n" in text
+    assert text.count("old") == 2
+    for name in ("gain", "verdicts"):
+        assert f"<!-- {name}: generated -->\nold\n" in text
     assert "the table verdicts stays as it is" in capsys.readouterr().out
 
 
@@ -60,22 +58,35 @@ def test_a_missing_marker_is_an_error(tmp_path, monkeypatch):
         readme.filled(tmp_path / "text.md")
 
 
-def test_greedy_accuracy_stands_beside_the_sampled_and_is_a_dash_where_it_was_not_measured(here):
-    results = ROOT / "results"
-    summary = pd.read_csv(results / "summary.csv").set_index(["run", "measure"])
-    greedy = readme.cell(summary.loc[("cmdp", "greedy_accuracy")])
-    for table in (readme.default_table(results), readme.study_table(results)):
-        names = table.splitlines()[0].split(" | ")
-        place = next(at for at, name in enumerate(names) if name.startswith("greedy accuracy (%"))
-        lines = [line.split(" | ") for line in table.splitlines()[2:] if line.startswith("| ")]
-        found = {line[0].strip("| "): line[place] for line in lines}
-        assert found["cmdp"] == greedy
-    assert found["dual"] == "-"
+def test_a_gain_stands_beside_what_there_was_to_gain(tmp_path):
+    rows = [("cmdp-chance", d, 0.6 + d / 10, 0.97, "within", 0.045, 0.029, 0.061) for d in (0.8, 0.5)]
+    rows += [("cmdp", 0.5, 0.5, 0.2, "looser", None, None, None)]
+    table = pd.DataFrame(rows, columns=["method", "budget", "accuracy", "csr", "place", "difference", "low", "high"])
+    table["soft_lambda"], table["target_difference"], table["target_low"], table["target_high"] = 0.6, 0.05, 0.03, 0.07
+    (tmp_path / "study").mkdir()
+    table.to_csv(tmp_path / "study" / "equal_csr.csv", index=False)
+    contest = {"experiment": ["careful", "measured", "measured"], "budget": [0.5, 0.5, 0.8], "gap": [0, 0.068, 0.071]}
+    shares = dict.fromkeys(("teacher", "ceiling", "budgeted", "soft"), 0.5)
+    pd.DataFrame(contest | shares).to_csv(tmp_path / "contest.csv", index=False)
+    (tmp_path / "chosen.yaml").write_text("best: {ours: cmdp-chance}")
+    gain = readme.gain_table(tmp_path).splitlines()[2:]
+    assert gain == [
+        "| 0.5 nats | 97.0 | 65.0 | +4.5 [+2.9, +6.1] | 6.8 |",
+        "| 0.8 nats | 97.0 | 68.0 | +4.5 [+2.9, +6.1] | 7.1 |",
+    ]
+    equal = readme.equal_table(tmp_path).splitlines()[2:]
+    assert equal[0] == "| cmdp-chance | 0.5 | 65.0 | 97.0 | +4.5 [+2.9, +6.1] | +5.0 [+3.0, +7.0] (λ = 0.6) |"
+    assert equal[1] == "| cmdp | 0.5 | 50.0 | 20.0 | looser than every λ | +5.0 [+3.0, +7.0] (λ = 0.6) |"
+    assert (
+        readme.contest_table(tmp_path).splitlines()[2]
+        == "| a careful teacher | 0.5 | 50.0 | 50.0 | 50.0 | 50.0 | 0.0 |"
+    )
 
 
 def test_the_default_table_states_the_sizes_of_its_models(here):
+    sizes = gather("times", rows(part="default")).groupby("run")["parameters"].max()
     text = readme.default_table(ROOT / "results")
-    assert text.endswith("The student has 85,376 parameters, the teacher 281,856.")
+    assert text.endswith(f"The student has {sizes['sft']:,} parameters, the teacher {sizes['teacher']:,}.")
 
 
 def test_the_laptop_table_says_what_was_measured_and_on_what(tmp_path):
@@ -93,7 +104,7 @@ def test_the_laptop_table_says_what_was_measured_and_on_what(tmp_path):
         memory = {"device": "a processor", "threads": 1, "summed_gib": 6.4, "taken_gib": taken}
         write_json(memory, folder / "memory" / run / "0.json")
     text = readme.laptop_table(tmp_path)
-    shown = "25.0 [12.5, 50.0] | - | 50.0 [25.0, 100.0] | 0.123 [0.062, 0.247] | 12.0 [6.0, 24.0] |"
+    shown = "25.0 [12.5, 50.0] | - | 50.0 [25.0, 100.0] | 0.123 [0.062, 0.247] | 12.00 [6.00, 24.00] |"
     assert f"| sft | - | - | - | {shown}" in text
     assert f"| gkd | 10 | 5 | 20 | {shown}" in text
     batch = profile["train"]["per_device_train_batch_size"] * profile["train"]["gradient_accumulation_steps"]
@@ -104,49 +115,11 @@ def test_the_laptop_table_says_what_was_measured_and_on_what(tmp_path):
 # ---- what the prose says, which no command writes ----
 
 
-def test_what_is_said_of_the_default_experiment_is_so(here):
-    budget = read_yaml(ROOT / "params.yaml")["budget"]
-    soft = read_yaml(ROOT / "results" / "chosen.yaml")["best"]["soft"]
-    completions = gather("completions", rows(part="default")).query("split == 'test' and decoding == 'sampled'")
-    by_run = dict(list(with_budget(completions, **budget).groupby("run")))
-
-    def minus(run: str, column: str) -> tuple:
-        return difference(by_run[run], by_run[soft], column)[1:3]
-
-    for column in ("correct", "satisfied", "correct_within"):
-        assert minus("cmdp", column)[1] < 0  # stays below on every column
-        low, high = minus("cmdp-adaptive", column)
-        assert low < 0 < high  # is not told apart on any
-    assert minus("cmdp-overshoot", "correct_within")[1] < 0
-
-
-def test_what_is_said_of_the_study_is_so():
-    folder = ROOT / "results" / "study"
-    summary = pd.read_csv(folder / "summary.csv").set_index(["run", "measure"])["mean"]
-    for run in ("cmdp-adaptive", "cmdp-adaptive-at-4", "cmdp-adaptive-half"):
-        assert summary[run, "csr"] > 0.95
-    assert 0.94 < summary["cmdp-adaptive-at-1", "csr"] < 0.95
-    assert summary["cmdp-adaptive-equal", "csr"] == pytest.approx(0.93, abs=0.005)
-    frontier = pd.read_csv(folder / "frontier.csv")
-    assert frontier.loc[frontier["budget"] == 0.5, "csr"].max() < 0.95  # out of reach for every method, ...
-    tenth = [name for name, row in rows(ROOT / "experiments.yaml").items() if row.start == "student-tenth"]
-    assert max(summary[name, "csr"] for name in tenth) < 0.95
-    log = pd.read_csv(ROOT / "results" / "runs" / "default" / "cmdp-adaptive" / "training.csv")
-    assert (log["csr"] < METHODS["cmdp-adaptive"]["csr_target"]).mean() > 0.9
-    sweep = pd.read_csv(folder / "strength.csv").query("method == 'gkd-grpo' and measure == 'accuracy_within'")
-    assert sweep.sort_values("lam")["mean"].is_monotonic_increasing
-    differences = pd.read_csv(folder / "ablations.csv").query("measure == 'accuracy_within'").set_index("run")
-    assert differences.loc["gkd-few-prompts", "difference"] == pytest.approx(-0.18, abs=0.01)  # points
-    for run in ("grpo-few-prompts", "cmdp-few-prompts"):
-        assert differences.loc[run, "low"] < 0 < differences.loc[run, "high"]
-    methods = pd.read_csv(folder / "summary.csv").query("family == 'method' and measure == 'accuracy_within'")
-    ours = methods[methods["start"] == "student"].set_index("run")["mean"]
-    assert ours.idxmax() == "trl-gkd"
-    assert abs(ours["cmdp"] - ours["sft"]) < 0.02  # about where it began
-    trials = pd.read_csv(ROOT / "results" / "tuning.csv").query("run == 'cmdp' and lam == 0.3")
-    assert trials.sort_values("learning_rate")["csr"].is_monotonic_decreasing
-    assert differences.loc["cmdp-single-step", "difference"] > 0
-    assert differences.loc["gkd-grpo-both-parts", "high"] < 0
+def test_what_is_said_of_the_contest_is_so():
+    gap = pd.read_csv(ROOT / "results" / "contest.csv").set_index(["experiment", "budget"])["gap"]
+    assert gap["measured"].loc[0.3:0.8].min() > 0.04  # several points
+    assert gap["one kind of prompt"].max() < 0.01  # less than a point
+    assert gap["careful"].max() < 0.005  # none
 
 
 def test_what_is_said_of_the_learners_on_trees_is_so():
