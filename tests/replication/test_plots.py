@@ -12,7 +12,7 @@ from matplotlib.colors import to_hex
 
 from cmdp.methods import METHODS as TRAINED
 from cmdp.methods import TRL
-from cmdp.storage import write_table, write_text
+from cmdp.storage import read_yaml, write_table, write_text
 from replication import plots, tables
 from replication.experiments import rows
 
@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[2]
 RUNS = tables.by_name(rows(ROOT / "experiments.yaml"))
 METHODS = [name for name, row in RUNS.items() if row.family == "method" and row.start == "student"]
 AWARE = [name for name in METHODS if RUNS[name].method not in tables.BUDGET_FREE]
-LAMBDAS = {name: float(name.removeprefix("soft-")) for name in METHODS if RUNS[name].method == plots.SOFT}
+ENTRIES = read_yaml(ROOT / "experiments.yaml")["tuning"]["entries"]
+LAMBDAS = {name: ENTRIES[RUNS[name].tuned]["fixed"]["lam"] for name in METHODS if RUNS[name].method == plots.SOFT}
 LAMBDAS = dict(sorted(LAMBDAS.items(), key=lambda item: item[1]))
 STYLE = plots.looks(RUNS, LAMBDAS)
 BUDGETS = (0.3, 0.5, 0.8)
@@ -160,8 +161,10 @@ def test_a_run_looks_like_its_method_and_runs_of_one_method_are_told_apart():
     assert [sum(STYLE[name].colour) for name in LAMBDAS] == sorted(
         (sum(STYLE[n].colour) for n in LAMBDAS), reverse=True
     )
-    assert STYLE["cmdp-chance-at-0.3"] == STYLE["cmdp-chance-third"] == STYLE["cmdp-chance"]
-    assert STYLE["cmdp-margin-at-0.8"] == STYLE["cmdp-margin"] != STYLE["cmdp-hinge"]
+    for name, method in tables.points(RUNS).items():
+        assert STYLE[name] == STYLE[method]  # at another budget
+    assert STYLE["cmdp-chance-third"] == STYLE["cmdp-chance"]
+    assert STYLE["cmdp-margin"] != STYLE["cmdp-hinge"]
     assert {name for name in METHODS if STYLE[name].line == "--"} == set(AWARE)
 
 
@@ -325,7 +328,8 @@ def test_each_student_has_a_panel_with_the_same_methods(made):
         assert set(found) == {"sft", "grpo", "gkd", "cmdp-chance"}
         for method, (where,) in found.items():
             assert where == pytest.approx([summary[method + end, "csr"], summary[method + end, "accuracy"]])
-        soft = [[summary[f"soft-{lam}{end}", name] for name in ("csr", "accuracy")] for lam in (0.4, 0.5, 0.6)]
+        soft = [name + end for name in LAMBDAS if name + "-third" in RUNS]
+        soft = [[summary[name, measure] for measure in ("csr", "accuracy")] for name in soft]
         assert any(np.array_equal(line.get_xydata(), soft) for line in axes.lines)
 
 
@@ -343,12 +347,10 @@ def test_a_bin_of_few_completions_has_no_accuracy(made):
 
 
 def test_a_study_of_a_few_runs_is_drawn(made):
-    few = ["sft", "grpo", "soft-0.4", "cmdp"]
-    frontier = made["study/frontier"].query("method in @few")
-    assert set(points(plots.frontier(frontier, STYLE, 0.95).axes[1])) == {*few} - {"soft-0.4"}
-    assert plots.capacity(made["study/summary"].query("run in @few"), STYLE, RUNS, 0.95)
-    assert set(points(plots.violation(made["study/violation"].query("run in @few"), STYLE).axes[0])) == {
-        "sft",
-        "grpo",
-        "cmdp",
-    }
+    few = {"sft", "grpo", [*LAMBDAS][2], "cmdp"}
+    frontier, summary, violation = (made[f"study/{name}"] for name in ("frontier", "summary", "violation"))
+    shown = plots.frontier(frontier[frontier["method"].isin(few)], STYLE, 0.95)
+    assert set(points(shown.axes[1])) == {"sft", "grpo", "cmdp"}
+    shown = plots.violation(violation[violation["run"].isin(few)], STYLE)
+    assert set(points(shown.axes[0])) == {"sft", "grpo", "cmdp"}
+    assert len(plots.capacity(summary[summary["run"].isin(few)], STYLE, RUNS, 0.95).axes) == 1

@@ -122,6 +122,20 @@ def test_what_is_said_of_the_contest_is_so():
     assert gap["careful"].max() < 0.005  # none
 
 
+def test_what_the_notebooks_say_of_training_is_so():
+    curves = pd.read_csv(ROOT / "results" / "curves.csv")
+    last = curves[curves["step"] > 0.9 * curves["step"].max()].groupby("run")[["task_reward", "csr"]].mean()
+    assert last.loc["grpo", "task_reward"] > last.loc["cmdp-chance", "task_reward"]
+    assert last.loc["grpo", "csr"] < 0.5 < 0.9 < last.loc["cmdp-chance", "csr"]
+
+
+def test_what_the_notebooks_say_of_completions_beyond_the_budget_is_so():
+    table = pd.read_csv(ROOT / "results" / "study" / "violation.csv").query("run in ['grpo', 'cmdp', 'cmdp-chance']")
+    table = table.assign(right=table["accuracy"] * table["count"], over=table["low"] >= 1)
+    sums = table.groupby("over")[["right", "count"]].sum()
+    assert sums.loc[True, "right"] / sums.loc[True, "count"] > sums.loc[False, "right"] / sums.loc[False, "count"]
+
+
 def test_what_is_said_of_the_learners_on_trees_is_so():
     table = sampled_learners(ROOT / "results" / "theory")
     section_3, ours = table.loc["cmdp"], table.loc["cmdp-hinge-margin"]
