@@ -79,6 +79,8 @@ class CMDPConfig(GRPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if isinstance(self.teacher_model_init_kwargs, str):
+            raise ValueError(f"teacher_model_init_kwargs is a JSON object, not {self.teacher_model_init_kwargs!r}.")
         if hasattr(quantised := (self.teacher_model_init_kwargs or {}).get("quantization_config"), "to_dict"):
             self.teacher_model_init_kwargs |= {"quantization_config": quantised.to_dict()}  # trackers save it as JSON
         for limit in (self.budget, self.budget_from, self.step_budget):
@@ -108,6 +110,14 @@ class CMDPConfig(GRPOConfig):
             raise ValueError("dual_rate needs reward_form='lagrangian' or 'soft_hinge', and a budget.")
         if self.reward_form == "soft_hinge" and None in (self.csr_target, self.dual_rate or None):
             raise ValueError("soft_hinge needs a csr_target and a dual_rate above 0.")
+        for holds, other, names in (
+            (self.step_budget is not None, "step_budget", "margin budget_from csr_target distil_steps dual_rate"),
+            (self.dual_rate, "dual_rate, which aims at the budget itself", "margin budget_from"),
+            (self.reward_form == "lagrangian", "reward_form='lagrangian'", "margin budget_from csr_target"),
+        ):
+            for name in names.split():
+                if holds and getattr(self, name) != getattr(CMDPConfig, name):
+                    raise ValueError(f"{name} has no meaning with {other}: leave it out.")
         single_step = not self.long_term or self.credit == "length_normalised" or self.distil_steps > 0
         if single_step and self.divergence in ("k1", "k3"):
             raise ValueError(f"{self.divergence} by itself has not the reverse KL's gradient: use divergence='k2'.")
@@ -312,7 +322,8 @@ class CMDPTrainer(GRPOTrainer):
     def _objective(self, total: Tensor, budget: Tensor) -> tuple[float, float, bool, dict]:
         """What this step maximises: the budget, task_weight, long_term, and the settings of `modified_reward`. C and d
         of the rollouts of all processes, (N,) each, also move the next step's multiplier by dual ascent: lambda by the
-        mean of C - d, the offset u of soft_hinge by that quantile of C/d - 1 which `csr_target` names."""
+        mean of C - d, the offset u of soft_hinge by that quantile of C/d - 1 which `csr_target` names; not while the
+        step distils."""
         args, step, limit = self.args, self.state.global_step, self.args.budget
         dual = next(callback for callback in self.callback_handler.callbacks if isinstance(callback, DualAscent))
         terms = {"form": args.reward_form, "lam": args.lam, "penalty": args.penalty, "discount": args.discount}
@@ -322,7 +333,7 @@ class CMDPTrainer(GRPOTrainer):
             move = (total / budget.clamp(min=1e-9) - 1).quantile(args.csr_target).clamp(-0.2, 0.2)
         else:
             terms["lam"], move = dual.multiplier, (total - budget).mean()
-        if args.dual_rate and self.model.training:
+        if args.dual_rate and self.model.training and step >= args.distil_steps:
             moved = dual.multiplier + args.dual_rate * float(move)
             dual.multiplier = moved if args.reward_form == "soft_hinge" else max(0.0, moved)
         soft = {"form": "lagrangian", "penalty": 0.0}
@@ -374,8 +385,9 @@ class CMDPTrainer(GRPOTrainer):
             self._log("loss/single_step", 0.0)
             return policy_loss
         output, divergence = passes[0]
-        if self.args.divergence == "k1":  # the mean of its own gradient is 0: its credit is all in the policy part
-            divergence = divergence.detach()
+        args = self.args
+        if (args.divergence, args.reward_form, args.step_budget) == ("k1", "lagrangian", None):
+            divergence = divergence.detach()  # the mean of its own gradient is 0 where no charge depends on the tokens
         elif self._sampled and "old_per_token_logps" in inputs:  # drawn from an older student
             ratio = (output.log_probs[:, -weight.shape[1] :].detach() - inputs["old_per_token_logps"]).exp()
             divergence = divergence + (ratio - 1) * (divergence - divergence.detach())  # corrects the gradient alone
