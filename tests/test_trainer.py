@@ -1066,16 +1066,16 @@ def test_a_head_with_too_few_rows_is_refused_by_name(student, teacher, tokenizer
         ({"step_budget": math.inf}, "step_budget must be finite"),
         ({"distil_steps": -1}, "distil_steps must be 0 or more"),
         *[
-            ({"budget": 2.0, "step_budget": 0.1, **option}, "no meaning with step_budget")
+            ({"budget": 2.0, "step_budget": 0.1, **option}, "left out with step_budget")
             for option in ({"margin": 0.1}, {"budget_from": 4.0}, {"csr_target": 0.9}, {"distil_steps": 1})
         ],
-        ({**METHODS["cmdp-chance"], "budget": 2.0, "step_budget": 0.1}, "no meaning with step_budget"),
+        ({**METHODS["cmdp-chance"], "budget": 2.0, "step_budget": 0.1}, "left out with step_budget"),
         *[
-            ({**METHODS["cmdp-chance"], "budget": 2.0, **option}, "no meaning with dual_rate")
+            ({**METHODS["cmdp-chance"], "budget": 2.0, **option}, "left out with reward_form=")
             for option in ({"margin": 0.1}, {"budget_from": 4.0})
         ],
-        ({"reward_form": "lagrangian", "budget": 2.0, "csr_target": 0.9}, "no meaning with reward_form='lagrangian'"),
-        ({"teacher_model_init_kwargs": "fast"}, "is a JSON object, not 'fast'"),
+        ({"reward_form": "lagrangian", "budget": 2.0, "csr_target": 0.9}, "left out with reward_form='lagrangian'"),
+        ({"teacher_model_init_kwargs": "fast"}, "dictionary"),
     ],
     ids=str,
 )
