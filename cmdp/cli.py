@@ -64,7 +64,8 @@ def ceiling(folder: Path | None, prompts: int, samples: int, split: str | None, 
     print(prices.to_string(index=False, float_format="{:.3f}".format))
     print("  ".join(f"{key} {value:.3f}" for key, value in found.items()), "(accuracies, and nats per completion)")
     budget, most = ceiling.suggest(prices), prices["budget"].max()
-    print(f"A budget of {budget:g} nats buys {ceiling.BOUGHT:.0%} of what {most:g} do.")
+    bought = f"A budget of {budget:g} nats buys {ceiling.BOUGHT:.0%} of what {most:g} do."
+    print(bought if budget else "No budget buys accuracy: the teacher is never right, or always.")
     if find_spec("matplotlib"):
         ceiling.draw(prices, found, path.with_suffix(".png"))
     print(f"{path}, .json{' and .png' if find_spec('matplotlib') else ' (pip install matplotlib draws a figure)'}")
