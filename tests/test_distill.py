@@ -93,7 +93,7 @@ def test_the_ceiling_is_measured_before_training_and_the_account_after_it(own, m
     words = [*WORDS.split(), "--reward", "exact", "--answer_column", "target", "--output", "mine"]
     sizes = ["--prompts", "4", "--samples", "3"]
     command(monkeypatch, "ceiling", *sizes, *words, "--lora", "--lora-r", "2")
-    assert "A budget of" in capsys.readouterr().out
+    assert "No budget buys accuracy" in capsys.readouterr().out  # the small teacher is never right
     prices = pd.read_csv("results/mine/ceiling.csv")
     assert prices["plug_in"].is_monotonic_increasing
     assert prices["budget"][0] == 0
