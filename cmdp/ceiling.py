@@ -51,8 +51,7 @@ def price_list(right: np.ndarray, samples: int, budgets=BUDGETS, seed: int = 0) 
     right, rows = np.asarray(right, float), []
     for budget in (0.0, *budgets):
         bought = spend(budget, right / samples)
-        without = [spend(budget, (right - one).clip(0) / (samples - 1)) for one in (1, 0)]
-        without = [without[0], np.where(right < samples, without[1], 0.0)]  # weight 0 where none is wrong
+        without = [spend(budget, (right - one).clip(0, samples - 1) / (samples - 1)) for one in (1, 0)]
         left = (right * without[0] + (samples - right) * without[1]) / samples
         corrected = samples * bought - (samples - 1) * left
         interval = bounds(bootstrap(corrected[None], seed))
@@ -83,12 +82,13 @@ def measured(experiment, pair: tuple, seed: int = 0) -> tuple[pd.DataFrame, dict
     """(price list, account of the student) from completions of both models of `pair` (student, teacher, tokenizer) on
     the prompts that the `train.Experiment` evaluates. The price list has `per_token` too: the budget in nats per token,
     at the teacher's mean length. Raises `ValueError` for a reward that is not 0 or 1."""
+    from cmdp.models import without_peft
     from cmdp.train import measure
 
     student, teacher, tokenizer = pair
     rates = {}
     for role, model in (("teacher", teacher), ("student", student)):
-        completions, _ = measure(experiment, (model, teacher, tokenizer), seed, greedy=False)
+        completions, _ = measure(experiment, (without_peft(model), teacher, tokenizer), seed, greedy=False)
         if not completions["correct"].isin([0, 1]).all():
             raise ValueError("The ceiling is one of accuracy: give a reward that is 0 or 1.")
         rates[role] = completions.groupby("prompt")[["correct", "cost", "tokens"]].mean()

@@ -42,9 +42,12 @@ def ceiling(folder: Path | None, prompts: int, samples: int, split: str | None, 
     student's nats go. For a trained student's folder, or before training with the keys of `cmdp distill`."""
     from importlib.util import find_spec
 
-    from cmdp import ceiling, distill, storage, train
-    from cmdp.models import load_pair
+    from cmdp import ceiling, distill, models, storage, train
 
+    if samples < 2:
+        raise ValueError("The ceiling needs --samples 2 or more: its bias is estimated from them.")
+    if folder and words:
+        raise ValueError(f"{words[0]} does not go with --folder: its cmdp.json says how the student was trained.")
     if folder:
         changes = {"prompts": prompts, "samples": samples, "split": split}
         experiment, run, seed = train.trained(folder, **changes)
@@ -52,19 +55,17 @@ def ceiling(folder: Path | None, prompts: int, samples: int, split: str | None, 
     else:
         experiment = distill.experiment(*distill.parse(["--budget", "inf", *words]))
         experiment.evaluate = train.Evaluation(prompts, samples, experiment.evaluate.batch_size, split or "train")
-        pair, name = (
-            load_pair(experiment.student, experiment.teacher, experiment.train.get("use_cpu", False)),
-            "ceiling",
-        )
+        pair = models.load_pair(experiment.student, experiment.teacher, experiment.train.get("use_cpu", False))
+        name = "ceiling"
     prices, found = ceiling.measured(experiment, pair)
     path = train.RESULTS / experiment.name / f"{name}.csv"
     storage.write_table(prices, path)
     storage.write_json(found, path.with_suffix(".json"))
     print(prices.to_string(index=False, float_format="{:.3f}".format))
     print("  ".join(f"{key} {value:.3f}" for key, value in found.items()), "(accuracies, and nats per completion)")
-    print(
-        f"A budget of {ceiling.suggest(prices):g} nats buys {ceiling.BOUGHT:.0%} of what {prices['budget'].max():g} do."
-    )
+    budget, most = ceiling.suggest(prices), prices["budget"].max()
+    bought = f"A budget of {budget:g} nats buys {ceiling.BOUGHT:.0%} of what {most:g} do."
+    print(bought if budget else "No budget buys accuracy: the teacher is never right, or always.")
     if find_spec("matplotlib"):
         ceiling.draw(prices, found, path.with_suffix(".png"))
     print(f"{path}, .json{' and .png' if find_spec('matplotlib') else ' (pip install matplotlib draws a figure)'}")
@@ -111,14 +112,10 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' own, to one another
     parser, add = argparse.ArgumentParser(prog="cmdp", description=__doc__), {}
     commands = parser.add_subparsers(required=True, metavar="command", dest="command")
-    functions = {
-        function.__name__: function for function in (distill, train, evaluate, ceiling, memory, prune, export, judge)
-    }
+    functions = {kind.__name__: kind for kind in (distill, train, evaluate, ceiling, memory, prune, export, judge)}
     for name, function in functions.items():
-        command = commands.add_parser(
-            name, help=function.__doc__, description=function.__doc__, add_help=name != "distill"
-        )
-        add[name] = command.add_argument
+        options = {"help": function.__doc__, "description": function.__doc__, "add_help": name != "distill"}
+        add[name] = commands.add_parser(name, **options).add_argument
     for name in ("train", "memory"):
         add[name]("--config", type=Path, required=True, help="a parameter file: profiles/laptop.yaml")
         add[name]("overrides", nargs="*", help="section.field=value, in place of what the file says")

@@ -33,9 +33,7 @@ class Distill:
 
     student: str = _option("Hub id, local folder or GGUF file.")
     teacher: str = _option("The same; it has the student's tokenizer.")
-    dataset: str = _option(
-        "JSONL, JSON, parquet or CSV; a folder with train.* and test.*; or a Hub id[:configuration]."
-    )
+    dataset: str = _option("JSONL, JSON, parquet or CSV; a folder with train.* and test.*; a Hub id[:configuration].")
     reward: str = _option("gsm8k, math, exact, or PATH.py:function with TRL's signature and values in [0, 1].")
     method: str = _option("A method of cmdp.methods.", default="cmdp-adaptive")
     output: str | None = _option("Name in models/ and results/: STUDENT-DATASET unless given.", default=None)
@@ -80,16 +78,15 @@ def parse(words: list[str]) -> tuple[Distill, dict[str, Any]]:
 
 def experiment(options: Distill, settings: dict[str, Any]) -> train.Experiment:
     """The experiment that the keys describe, checked. Raises `ValueError` as `train.build` does."""
-    sources = f"{Path(options.student).stem}-{Path(options.dataset).stem}".lower()
-    name = options.output or re.sub("[^a-z0-9.-]+", "-", sources).strip("-.")
+    names = [re.sub(r"\.(gguf|jsonl?|parquet|csv)$", "", Path(x).name) for x in (options.student, options.dataset)]
+    name = options.output or re.sub("[^a-z0-9.-]+", "-", "-".join(names).lower()).strip("-.")
     if "output_dir" in settings:
         raise ValueError("--output_dir is not used: --output names the folders in models/ and results/.")
     if "budget" not in settings:
         raise ValueError("--budget is missing: nats per token (--budget_form per_token) or per completion (total).")
     adapted = options.lora or options.student_adapter
-    settings = DEFAULTS | ({"learning_rate": LORA_RATE} if adapted else {}) | settings
-    if "num_train_epochs" in settings:
-        settings.pop("max_steps")
+    length = {"max_steps": -1} if "num_train_epochs" in settings else {}
+    settings = DEFAULTS | length | ({"learning_rate": LORA_RATE} if adapted else {}) | settings
     task = {"name": options.reward, "source": options.dataset, "seed": options.split_seed}
     task |= {"sizes": {"test": None, "train": None}, "prompt_length": options.prompt_length, "test": options.test}
     task |= {key: getattr(options, key) for key in ("prompt_column", "answer_column", "instruction")}

@@ -15,9 +15,7 @@ METHODS = {
     "cmdp-overshoot": {"reward_form": "overshoot"},
     "cmdp-hinge": {"reward_form": "hinge", "long_term": False},
     "cmdp-adaptive": {"reward_form": "hinge", "long_term": False, "csr_target": 0.98, "lam": 1.0},
-    "cmdp-chance": {
-        **{"reward_form": "soft_hinge", "long_term": False, "lam": 3.0, "csr_target": 0.97, "dual_rate": 0.5},
-    },
+    "cmdp-chance": {"reward_form": "soft_hinge", "long_term": False, "lam": 3.0, "csr_target": 0.97, "dual_rate": 0.5},
     "worst-case": {"reward_form": "overshoot"},
 }
 TRL = ("trl-grpo", "trl-gkd")  # TRL's own GRPOTrainer and DistillationTrainer

@@ -266,9 +266,8 @@ def check_heads(student, teacher, ids: int, compared: bool, sampled: bool) -> No
         rows.append(getattr(head.weight, "ds_shape", head.weight.shape)[0])  # ZeRO-3 leaves an empty weight
         padded = rows[-1] == rows[0] or rows[-1] - ids <= max(128, ids // 64)
         if rows[-1] < ids or not (padded or compared):
-            raise ValueError(
-                f"The {role}'s head has {rows[-1]} rows but the tokenizer {ids} ids: use one model family."
-            )
+            sizes = f"{rows[-1]} rows but the tokenizer {ids} ids"
+            raise ValueError(f"The {role}'s head has {sizes}: use one model family.")
         if fused and hasattr(head, "base_layer"):  # of which the fused head reads the weight
             raise ValueError(f"The adapter on the {role}'s LM head would be ignored: merge it (merge_and_unload).")
 

@@ -57,6 +57,10 @@ class Evaluation:
     split: str = "test"
     greedy: bool = True
 
+    def __post_init__(self):
+        if min(self.prompts, self.samples, self.batch_size) < 1:
+            raise ValueError("prompts, samples and batch_size of an evaluation are 1 or more.")
+
 
 @dataclass
 class Experiment:
@@ -121,7 +125,8 @@ def build(content: dict[str, Any], path: str) -> Experiment:
     check_specs(experiment.student, experiment.teacher)
     load_task(str(experiment.task.get("name")))
     for run, row in experiment.runs.items():
-        check_method(row.get("method", f"(none, in runs.{run})"))
+        if check_method(row.get("method", f"(none, in runs.{run})")) == START:
+            continue  # it is not trained
         try:
             config = build_config(experiment.settings(run, 0) | {"bf16": False, "fp16": False, "use_cpu": True})
             check_trackers(config.report_to)
@@ -279,6 +284,7 @@ def run_trainer(trainer, resume: bool) -> list[dict]:
             control.should_training_stop |= self.stopped and control.should_save
 
         def on_save(self, args, state, control, **_):
+            args.distributed_state.wait_for_everyone()  # until each has written its part
             if state.is_world_process_zero:
                 storage.certify(Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
@@ -377,9 +383,11 @@ def fit(experiment: Experiment, run: str) -> dict[str, Any]:
     settings, specs = experiment.settings(run, 0), (experiment.student, experiment.teacher)
     shared_tokenizer(*specs)  # raises if no divergence is defined
     device = pick_device(settings.get("use_cpu", False))
+    if not (longest := experiment.task.get("prompt_length")):
+        raise ValueError("task.prompt_length is missing: memory is summed for prompts of so many tokens.")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    available, longest = device_memory(device), experiment.task["prompt_length"]
+    available = device_memory(device)
     items = memory_sum(*specs, settings, longest, device.type, pick_dtype(device), available)
     check_memory(items, available)
     return {"device": device_name(device), "threads": torch.get_num_threads(), "summed_gib": peak(items) / GIB}
@@ -425,8 +433,12 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
     """Train and measure `runs` with `seeds`, and sum up all results there are in results/NAME."""
     from accelerate.utils import release_memory
 
-    results = RESULTS / experiment.name
-    for run, seed in [(run, seed) for run in runs for seed in seeds]:
+    results, every = RESULTS / experiment.name, [(run, seed) for run in runs for seed in seeds]
+    if int(os.environ.get("RANK", "0")):  # the first process measures
+        for each in every:
+            train(experiment, *each)
+        return
+    for run, seed in every:
         check_machine({}, results)
         folder = train(experiment, run, seed)
         record = storage.read(folder / RECORD)

@@ -62,24 +62,20 @@ class CMDPConfig(GRPOConfig):
     step_budget: float | None = _option(None, "d_step: charge each token's nats above it, in place of those above d.")
     budget_from: float | None = _option(None, "The budget at the first step; it moves linearly to `budget` half-way.")
     distil_steps: int = _option(0, "Steps of pure distillation before the method begins.")
-    csr_target: float | None = _option(
-        None, "hinge: charge every nat until the batch's CSR reaches this target; soft_hinge: keep the CSR at it."
-    )
+    csr_target: float | None = _option(None, "soft_hinge: the CSR to keep; else every nat is charged below this CSR.")
     sharpness: float = _option(10.0, "k of soft_hinge; it rises linearly from 0 over the first 60 % of the steps.")
     dual_rate: float = _option(0.0, "Dual ascent: step of lambda per nat of E[C] - d, or of u with soft_hinge.")
     divergence: str = _option("reverse_kl", f"One of {EXACT} or, sampled, {SAMPLED}.")
     jsd_beta: float = _option(0.5, "beta of the generalised JSD.")
     scale_rewards: str = _option("none", "none, or group: divide the advantages (not the single-step part) like GRPO.")
-    teacher_model_init_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "How to load a named teacher."}
-    )
+    teacher_model_init_kwargs: dict | str | None = _option(None, "How to load a named teacher.")  # noqa: RUF009
     teacher_model_revision: str | None = _option(None, "Branch, tag or commit of a teacher named by its Hub id.")
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
 
     def __post_init__(self):
         super().__post_init__()
-        if hasattr(quantised := (self.teacher_model_init_kwargs or {}).get("quantization_config"), "to_dict"):
+        if hasattr(quantised := dict(self.teacher_model_init_kwargs or {}).get("quantization_config"), "to_dict"):
             self.teacher_model_init_kwargs |= {"quantization_config": quantised.to_dict()}  # trackers save it as JSON
         for limit in (self.budget, self.budget_from, self.step_budget):
             rewards.check_budget(math.inf if limit is None else limit, self.budget_form)
@@ -102,12 +98,18 @@ class CMDPConfig(GRPOConfig):
                     raise ValueError(f"{name} must be {allowed}, not {getattr(self, name)!r}.")
         if self.budget_from is not None and math.inf in (self.budget, self.budget_from):
             raise ValueError("budget_from moves to the budget: give both finite, or neither.")
-        if self.penalty > 0 and self.reward_form in ("lagrangian", "soft_hinge"):
-            raise ValueError(f"The form {self.reward_form} has no penalty n: leave penalty at 0.")
         if self.dual_rate and (self.reward_form not in ("lagrangian", "soft_hinge") or self.budget == math.inf):
             raise ValueError("dual_rate needs reward_form='lagrangian' or 'soft_hinge', and a budget.")
         if self.reward_form == "soft_hinge" and None in (self.csr_target, self.dual_rate or None):
             raise ValueError("soft_hinge needs a csr_target and a dual_rate above 0.")
+        for holds, other, names in (
+            (self.step_budget is not None, "step_budget", "margin budget_from csr_target distil_steps dual_rate"),
+            (self.reward_form == "lagrangian", "reward_form='lagrangian'", "penalty margin budget_from csr_target"),
+            (self.reward_form == "soft_hinge", "reward_form='soft_hinge'", "penalty margin budget_from"),
+        ):
+            for name in names.split():
+                if holds and getattr(self, name) != getattr(CMDPConfig, name):
+                    raise ValueError(f"{name} needs to be left out with {other}, where it means nothing.")
         single_step = not self.long_term or self.credit == "length_normalised" or self.distil_steps > 0
         if single_step and self.divergence in ("k1", "k3"):
             raise ValueError(f"{self.divergence} by itself has not the reverse KL's gradient: use divergence='k2'.")
@@ -311,8 +313,8 @@ class CMDPTrainer(GRPOTrainer):
 
     def _objective(self, total: Tensor, budget: Tensor) -> tuple[float, float, bool, dict]:
         """What this step maximises: the budget, task_weight, long_term, and the settings of `modified_reward`. C and d
-        of the rollouts of all processes, (N,) each, also move the next step's multiplier by dual ascent: lambda by the
-        mean of C - d, the offset u of soft_hinge by that quantile of C/d - 1 which `csr_target` names."""
+        of the rollouts of all processes, (N,) each, also move the next step's multiplier by dual ascent, unless this
+        step distils: lambda by the mean of C - d, u of soft_hinge by the quantile `csr_target` of C/d - 1."""
         args, step, limit = self.args, self.state.global_step, self.args.budget
         dual = next(callback for callback in self.callback_handler.callbacks if isinstance(callback, DualAscent))
         terms = {"form": args.reward_form, "lam": args.lam, "penalty": args.penalty, "discount": args.discount}
@@ -322,7 +324,7 @@ class CMDPTrainer(GRPOTrainer):
             move = (total / budget.clamp(min=1e-9) - 1).quantile(args.csr_target).clamp(-0.2, 0.2)
         else:
             terms["lam"], move = dual.multiplier, (total - budget).mean()
-        if args.dual_rate and self.model.training:
+        if args.dual_rate and self.model.training and step >= args.distil_steps:
             moved = dual.multiplier + args.dual_rate * float(move)
             dual.multiplier = moved if args.reward_form == "soft_hinge" else max(0.0, moved)
         soft = {"form": "lagrangian", "penalty": 0.0}
@@ -374,8 +376,8 @@ class CMDPTrainer(GRPOTrainer):
             self._log("loss/single_step", 0.0)
             return policy_loss
         output, divergence = passes[0]
-        if self.args.divergence == "k1":  # the mean of its own gradient is 0: its credit is all in the policy part
-            divergence = divergence.detach()
+        if (self.args.divergence, self.args.reward_form, self.args.step_budget) == ("k1", "lagrangian", None):
+            divergence = divergence.detach()  # the mean of its own gradient is 0 where no charge depends on the tokens
         elif self._sampled and "old_per_token_logps" in inputs:  # drawn from an older student
             ratio = (output.log_probs[:, -weight.shape[1] :].detach() - inputs["old_per_token_logps"]).exp()
             divergence = divergence + (ratio - 1) * (divergence - divergence.detach())  # corrects the gradient alone

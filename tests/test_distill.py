@@ -26,6 +26,15 @@ def narrow(completions, target):
     return [1.0 for _ in completions]
 constant = 3
 """
+CLASSES = """
+from __future__ import annotations
+from dataclasses import dataclass
+@dataclass
+class Grade:
+    value: float
+def graded(completions, **columns):
+    return [Grade(0.5).value for _ in completions]
+"""
 WORDS = "--student student --teacher teacher --dataset own.jsonl --budget 1.5 --use_cpu --max-steps 2"
 WORDS += " --per_device_train_batch_size 4 --num_generations 2 --max_completion_length 6 --prompts 3 --samples 2"
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ '<think>' if thinking else '' }}"
@@ -83,13 +92,23 @@ def test_own_data_and_reward_are_trained_measured_and_exported(own, monkeypatch,
 def test_the_ceiling_is_measured_before_training_and_the_account_after_it(own, monkeypatch, capsys):
     words = [*WORDS.split(), "--reward", "exact", "--answer_column", "target", "--output", "mine"]
     sizes = ["--prompts", "4", "--samples", "3"]
-    command(monkeypatch, "ceiling", *sizes, *words)
-    assert "A budget of" in capsys.readouterr().out
+    command(monkeypatch, "ceiling", *sizes, *words, "--lora", "--lora-r", "2")
+    assert "No budget buys accuracy" in capsys.readouterr().out  # the small teacher is never right
     prices = pd.read_csv("results/mine/ceiling.csv")
     assert prices["plug_in"].is_monotonic_increasing
     assert prices["budget"][0] == 0
     command(monkeypatch, "distill", *words)
-    command(monkeypatch, "ceiling", *sizes, "--folder", "models/mine/cmdp-adaptive/0")
+    folder = ["--folder", "models/mine/cmdp-adaptive/0"]
+    for wrong, message in (
+        ([*folder, "--reward", "exact"], "--reward does not go with --folder"),
+        ([*folder, "--samples", "1"], "--samples 2 or more"),
+        ([*folder, "--prompts", "0"], "prompts, samples and batch_size of an evaluation are 1 or more"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            command(monkeypatch, "ceiling", *wrong)
+    with pytest.raises(SystemExit, match="prompts, samples and batch_size"):
+        command(monkeypatch, "evaluate", folder[1], "--samples", "0")
+    command(monkeypatch, "ceiling", *sizes, *folder)
     found = json.loads(Path("results/mine/ceiling-cmdp-adaptive-0.json").read_text())
     assert found["cost"] == pytest.approx(found["useful"] + found["wasted"])
     with pytest.raises(SystemExit, match="a reward that is 0 or 1"):
@@ -107,6 +126,21 @@ def test_keys_come_from_a_file_and_the_command_line_wins(own):
     assert made.task["chat_template_kwargs"] == {"enable_thinking": False}
     assert made.teacher.four_bit
     assert made.name == "a-c"
+    names = []
+    for student in ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-14B-Instruct", "models/small.gguf"):
+        own = {**vars(options), "student": student, "dataset": "data/v1.5.jsonl"}
+        names.append(distill.experiment(distill.Distill(**own), settings).name)
+    assert names == ["qwen2.5-7b-instruct-v1.5", "qwen2.5-14b-instruct-v1.5", "small-v1.5"]
+
+
+def test_settings_of_the_method_are_not_asked_of_the_student_before_training(own):
+    words = [*WORDS.split(), "--reward", "rewards.py:ends", "--method", "dual", "--dual_rate", "0.1"]
+    made = distill.experiment(*distill.parse(words))
+    assert [*made.runs] == ["sft", "dual"]
+    words += ["--num_train_epochs", "2"]
+    assert distill.experiment(*distill.parse(words)).train["max_steps"] == 2
+    words = " ".join(words).replace(" --max-steps 2", "").split()
+    assert distill.experiment(*distill.parse(words)).train["max_steps"] == -1
 
 
 @pytest.mark.parametrize(
@@ -213,6 +247,11 @@ def test_answers_of_gsm8k_and_math_are_numbers_too(own):
         rows = problems(name, source="numbers.jsonl")["train"]
         assert all(row["prompt"].startswith("Solve the problem step by step") for row in rows)
         assert {row["answer"] for row in rows} < {str(n) for n in range(10)}
+
+
+def test_a_reward_may_be_written_with_dataclasses(own):
+    Path("classes.py").write_text(CLASSES)
+    assert tasks.load_task("classes.py:graded").reward([""], prompts=[""]) == [0.5]
 
 
 # ---- progress ----

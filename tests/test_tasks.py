@@ -76,6 +76,23 @@ def test_files_are_read_as_jsonl_or_parquet(tmp_path, names):
         assert tasks.read(tmp_path / names[0])["train"] == ROWS
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "answers"),
+    [
+        ("own.jsonl", '{"answer": 3}\n{"answer": 0.5}\n{"answer": "x"}\n{"n": 1}\n', ["3", "0.5", "x", "None"]),
+        ("own.jsonl", '\ufeff{"answer": "2020-01-01"}\n\n{"answer": "2021-02-03"}', ["2020-01-01", "2021-02-03"]),
+        ("own.json", '[{"answer": 12345678901234567890123}]', ["12345678901234567890123"]),
+        ("own.csv", "answer\n3\n0.5\n007\nNone\nTrue\n", ["3", "0.5", "007", "None", "True"]),
+        ("own.csv", "n,answer\n1,\n2,a\n", ["None", "a"]),
+    ],
+)
+def test_answers_are_read_as_they_are_written(tmp_path, name, content, answers):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    rows = tasks.read(tmp_path / name)["train"]
+    assert [str(row["answer"]) for row in rows] == answers
+    assert len({tuple(row) for row in rows}) == 1
+
+
 def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"^nowhere is no file or folder .* train\.jsonl"):
         tasks.read("nowhere")

@@ -195,6 +195,8 @@ def test_training_all_weights_saves_a_model_that_evaluation_loads(small, monkeyp
         (("--config", "small.yaml", "train.max_steps=many"), "max_steps"),
         (("--config", "small.yaml", "task.name=chess"), "chess"),
         (("--config", "small.yaml", "task.size=3"), "size"),
+        (("--config", "small.yaml", "task.prompt_length=null"), "task.prompt_length is missing"),
+        (("--config", "small.yaml", "evaluate.samples=0"), "samples and batch_size of an evaluation are 1 or more"),
         (("--config", "small.yaml", "nonsense"), "'nonsense' is no override"),
         (("--config", "empty.yaml"), r"empty\.yaml is empty"),
         (("--config", "broken.yaml"), r"broken\.yaml"),
@@ -210,6 +212,13 @@ def test_what_is_wrong_is_said_in_one_line_before_weights_load(small, monkeypatc
     with pytest.raises(SystemExit, match=message) as raised:
         command(monkeypatch, "train", *words)
     assert "\n" not in str(raised.value)
+    assert not Path("models").exists()
+
+
+def test_a_process_beside_the_first_trains_and_leaves_the_measuring_to_it(small, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    train.run_all(train.read(small), ["sft"], [0])
+    assert not Path("results").exists()
     assert not Path("models").exists()
 
 

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 
 from cmdp.methods import METHODS
+from cmdp.reward import FORMS, modified_reward
 from cmdp.trainer import CMDPConfig, CMDPTrainer
 
 GROUP = 4
@@ -246,8 +247,9 @@ def reference(
             charged = gammas
         returns.append(float(total - charge if long_term else total))
         policy.append((logp - logp.detach()).exp().sum())  # the ratio pi / pi_old, which is 1
-        # the gradient of k1 itself is that of log pi, whose mean is zero: only its credit counts
-        direct.append(lam * (charged * (paid if divergence == "k1" else cost)).sum())
+        # the gradient of k1 itself is that of log pi, whose mean is zero unless its factor depends on the tokens
+        alone = divergence == "k1" and reward_form == "lagrangian"
+        direct.append(lam * (charged * (paid if alone else cost)).sum())
         tokens += len(ids)
         violations += bool(over[-1])
     assert 0 < violations < len(COMPLETIONS), violations
@@ -276,6 +278,7 @@ CASES = {
     "forward-kl": {"reward_form": "exhausted", "divergence": "forward_kl"},
     "jsd": {"reward_form": "overshoot", "divergence": "jsd", "budget": 0.8},
     "k1": {"reward_form": "exhausted", "divergence": "k1"},
+    "k1-lagrangian": {"reward_form": "lagrangian", "divergence": "k1", "lam": 0.2},
     "k2": {"reward_form": "exhausted", "divergence": "k2"},
     "k3": {"reward_form": "overshoot", "divergence": "k3"},
 }
@@ -290,6 +293,22 @@ def test_gradient_is_that_of_the_formulas_written_out(student, teacher, tokenize
     loss, gradient = one_step(build(student, teacher, tokenizer, tmp_path, **options))
     assert loss == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
     assert distance(gradient, gradient_of(plain_student)) < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_k1_charges_the_gradient_of_what_is_expected(form):
+    """One token of three, its reward and k1 enumerated: credit alone is the gradient of the soft Lagrangian only."""
+    logits = torch.tensor([0.3, -0.2, 1.0], dtype=torch.float64, requires_grad=True)
+    logp, task = logits.log_softmax(0), torch.tensor([1.0, 0.0, 0.5])
+    cost, mask, budget = (logp - math.log(1 / 3))[:, None], torch.ones(3, 1), torch.full((3,), 0.2)
+    paid = modified_reward(task, cost, mask, budget, lam=0.7, form=form)
+    exact = torch.autograd.grad((logp.exp() * paid.total).sum(), logits, retain_graph=True)[0]
+    credit = logp.exp().detach() * paid.total.detach() * logp
+    own = logp.exp().detach() * paid.weight[:, 0].detach() * cost[:, 0]
+    alone = torch.autograd.grad(credit.sum(), logits, retain_graph=True)[0]
+    both = torch.autograd.grad((credit - own).sum(), logits)[0]
+    assert both == pytest.approx(exact)
+    assert torch.allclose(alone, exact) == (form == "lagrangian")
 
 
 @pytest.mark.parametrize("case", ["exhausted", "overshoot", "k2"])
@@ -354,6 +373,18 @@ def test_after_its_distillation_a_run_follows_its_method(original_pair, tokenize
     (first, second), (distilled, followed) = ([x for x in t.state.log_history if "csr" in x] for t in trainers)
     assert distilled["modified_reward"] != pytest.approx(first["modified_reward"], rel=1e-3)
     assert followed["modified_reward"] == pytest.approx(second["modified_reward"], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["dual", "cmdp-chance"])
+def test_the_multiplier_rests_while_a_run_distils(original_pair, tokenizer, tmp_path, method):
+    options = METHODS[method] | {"budget": BUDGET, "dual_rate": 0.5, "lam": 0.5, "distil_steps": 2, "max_steps": 4}
+    trainer = build(*copy.deepcopy(original_pair), tokenizer, tmp_path, **options, learning_rate=0.0)
+    start = trainer.args.lam if method == "dual" else -1.0
+    trainer.train()
+    name = "lambda" if method == "dual" else "offset"
+    moved = [row[name] for row in trainer.state.log_history if "csr" in row][2:]
+    assert moved[0] == start
+    assert moved[1] != start
 
 
 @pytest.mark.parametrize("restore", [False, True])
@@ -1034,6 +1065,17 @@ def test_a_head_with_too_few_rows_is_refused_by_name(student, teacher, tokenizer
         ({"margin": math.nan}, "share of the budget"),
         ({"step_budget": math.inf}, "step_budget must be finite"),
         ({"distil_steps": -1}, "distil_steps must be 0 or more"),
+        *[
+            ({"budget": 2.0, "step_budget": 0.1, **option}, "left out with step_budget")
+            for option in ({"margin": 0.1}, {"budget_from": 4.0}, {"csr_target": 0.9}, {"distil_steps": 1})
+        ],
+        ({**METHODS["cmdp-chance"], "budget": 2.0, "step_budget": 0.1}, "left out with step_budget"),
+        *[
+            ({**METHODS["cmdp-chance"], "budget": 2.0, **option}, "left out with reward_form=")
+            for option in ({"margin": 0.1}, {"budget_from": 4.0})
+        ],
+        ({"reward_form": "lagrangian", "budget": 2.0, "csr_target": 0.9}, "left out with reward_form='lagrangian'"),
+        ({"teacher_model_init_kwargs": "fast"}, "dictionary"),
     ],
     ids=str,
 )

@@ -46,8 +46,8 @@ def _own_reward(path: Path, name: str) -> Callable:
     """The function `name` of the file `path`, which is run, as a reward that says in one line what is wrong with it."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path} in {Path.cwd()}: name a reward as PATH.py:function.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(f"cmdp_reward_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses and pickle look for it
     try:
         sys.path.insert(0, str(path.parent))
         spec.loader.exec_module(module)
@@ -171,10 +171,8 @@ def from_dataset(
         return found
 
     if source in getattr(task, "GENERATED", {}):
-        splits = task.GENERATED[source](sizes, seed).items()
-        return {
-            name: [row | {"prompt": prompt(row.pop("question"), "question")} for row in rows] for name, rows in splits
-        }
+        splits, asked = task.GENERATED[source](sizes, seed).items(), "question"
+        return {name: [row | {"prompt": prompt(row.pop(asked), asked)} for row in rows] for name, rows in splits}
     data = read(source)
     held_out = read(test) if test else data
     name = next(
@@ -200,15 +198,10 @@ def read(source: str | Path) -> dict[str, list[dict]]:
         return {split: _read_files(files) for split, files in _files(path).items()}
     try:
         parts = [datasets.load_dataset(name, None if each == "default" else each) for each in names.split()]
-    except (
-        OSError,
-        ValueError,
-        datasets.exceptions.DatasetsError,
-    ) as error:  # offline and not cached, or no connection
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         hint = f"unset HF_HUB_OFFLINE to download it, or give a folder with train.jsonl ({_said(error)})."
-        raise FileNotFoundError(
-            f"{source} is no file or folder here, nor cached or reachable on the Hub: {hint}"
-        ) from error
+        said = f"{source} is no file or folder here, nor cached or reachable on the Hub"
+        raise FileNotFoundError(f"{said}: {hint}") from error
     return {split: [row for part in parts for row in part[split].to_list()] for split in parts[0]}
 
 
@@ -224,19 +217,32 @@ def _files(path: Path) -> dict[str, list[Path]]:
 
 
 def _read_files(files: list[Path]) -> list[dict]:
+    """Rows of the same columns. JSON is read by `json` and CSV as text, so that answers stay as they are written: the
+    builders of `datasets` make 3 to 3.0 beside 0.5, 007 to 7, and dates to times."""
+    import pandas as pd
     from datasets import load_dataset
 
+    kind, rows, fault = FILES[files[0].suffix], [], f"{files[0]} is empty or malformed"
     try:
-        return load_dataset(FILES[files[0].suffix], data_files=[*map(str, files)], split="train").to_list()
+        if kind == "parquet":
+            return load_dataset(kind, data_files=[*map(str, files)], split="train").to_list()
+        for file in files:
+            if kind == "csv":
+                table = pd.read_csv(file, dtype=str, keep_default_na=False, na_values=[""])
+                rows += table.astype(object).where(table.notna(), None).to_dict("records")
+                continue
+            whole = file.read_text(encoding="utf-8-sig")
+            lines = [whole] if whole.lstrip().startswith("[") else whole.split("\n")
+            for number, line in [each for each in enumerate(lines, 1) if each[1].strip()]:
+                fault = f"{file}, line {number}, is no JSON object"
+                found = json.loads(line)
+                rows += map(dict, found if line is whole and isinstance(found, list) else [found])
     except Exception as error:  # the builders raise what their readers do, and StopIteration for an empty file
-        said = _said(error.__cause__ or error)
-        for file in files if files[0].suffix == ".jsonl" else ():
-            for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
-                try:
-                    dict(json.loads(line or "{}"))
-                except (ValueError, TypeError) as wrong:  # no JSON, or no object
-                    raise ValueError(f"{file}, line {number}, is no JSON object: {wrong}.") from error
-        raise ValueError(f"{files[0]} is empty or malformed: {said}") from error
+        raise ValueError(f"{fault}: {_said(error.__cause__ or error)}") from error
+    if not rows:
+        raise ValueError(f"{fault}.")
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return [columns | row for row in rows]
 
 
 def cut(train: list[dict], test: list[dict], sizes: Mapping[str, int | None], seed: int) -> dict[str, list[dict]]:
