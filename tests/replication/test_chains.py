@@ -153,11 +153,11 @@ def test_an_account_says_what_the_nats_bought():
 
 
 def test_nats_are_useful_by_seed():
-    """Two seeds that differ spend more than one student of their mean would."""
+    """Of two seeds that differ, the nats of the better count; those of the worse bought nothing."""
     table = pd.concat([sampled("teacher", [0.5], [0.0]), sampled("own", [0.5], [0.2])])
     table.loc[table["run"] == "own", "right"] = [0.3, 0.7]
     found = ceiling.accounts(table, {"own": 0.5}).iloc[0]
-    assert found["useful"] == pytest.approx(bernoulli_kl(0.3, 0.5))
+    assert found["useful"] == pytest.approx(bernoulli_kl(0.7, 0.5) / 2)
 
 
 def test_the_measured_teacher_is_read_from_its_run():
