@@ -456,7 +456,7 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
             storage.write_table(table[["run", "seed", *table.columns[:-2]]], results / name / run / f"{seed}.csv")
         summary = summarise(tables["completions"].assign(run=run, seed=seed), **vars(experiment.budget))
         record["measured"] = summary.set_index("measure")[["mean", "low", "high"]].to_dict("index")
-        record["measured"] |= {"prompts": experiment.evaluate.prompts, "seeds": 1}
+        record["measured"] |= {"prompts": completions["prompt"].nunique(), "seeds": 1}
         storage.write_json(record["memory"], results / "memory" / run / f"{seed}.json")
         storage.write_json(record, folder / RECORD)
         print(f"{run}, seed {seed}: weights in {folder}, completions in {results}/completions/{run}/{seed}.csv")

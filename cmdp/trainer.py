@@ -63,7 +63,7 @@ class CMDPConfig(GRPOConfig):
     budget_from: float | None = _option(None, "The budget at the first step; it moves linearly to `budget` half-way.")
     distil_steps: int = _option(0, "Steps of pure distillation before the method begins.")
     csr_target: float | None = _option(None, "soft_hinge: the CSR to keep; else every nat is charged below this CSR.")
-    sharpness: float = _option(10.0, "k of soft_hinge; it rises linearly from 0 over the first 60 % of the steps.")
+    sharpness: float = _option(10.0, "k of soft_hinge; it rises linearly from 0 over three fifths of the steps.")
     dual_rate: float = _option(0.0, "Dual ascent: step of lambda per nat of E[C] - d, or of u with soft_hinge.")
     divergence: str = _option("reverse_kl", f"One of {EXACT} or, sampled, {SAMPLED}.")
     jsd_beta: float = _option(0.5, "beta of the generalised JSD.")

@@ -185,6 +185,14 @@ def test_what_is_wrong_is_said_in_one_line_before_weights_load(own, monkeypatch,
     assert not Path("models").exists()
 
 
+def test_help_lists_the_keys_and_every_field_of_the_trainer(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command(monkeypatch, "distill", "--help")
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert all(f"--{name}" in said for name in ("student", "reward", "budget", "sharpness", "max_steps"))
+
+
 def test_required_keys_are_named(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"required: .*--teacher"):
