@@ -160,12 +160,13 @@ def trial(name: str) -> None:
 
 
 def _neighbours(place: tuple[int, ...] | None, parameters: int):
-    """The places one step from `place` on the ladders, down first, and without one the start."""
+    """The places one step from `place` on the ladders: all parameters down, one after the other, then all up. Without
+    a place the start."""
     if place is None:
         yield (0,) * parameters
     else:
-        for index in range(parameters):
-            for step in (-1, 1):
+        for step in (-1, 1):
+            for index in range(parameters):
                 yield (*place[:index], place[index] + step, *place[index + 1 :])
 
 

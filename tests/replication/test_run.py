@@ -154,7 +154,7 @@ def test_trials_walk_the_ladders_from_the_best_so_far(monkeypatch):
     planned.clear()
     run.trial("cmdp")
     rates = [(settings["learning_rate"], settings["lam"]) for settings in planned[::2]]
-    assert rates == [(1e-3, 1.0), (5e-4, 1.0), (2e-3, 1.0), (4e-3, 1.0)]
+    assert rates == [(1e-3, 1.0), (5e-4, 1.0), (1e-3, 0.5), (2e-3, 1.0)]
     assert all(settings["penalty"] == 0.5 for settings in planned)
 
 
