@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from string import Template
@@ -122,13 +123,15 @@ def ask(endpoint: Endpoint, prompts: list[str], path: Path, concurrency: int) ->
     digests = {prompt: digest(endpoint, prompt) for prompt in prompts}
     to_ask = [prompt for prompt in digests if digests[prompt] not in known]
     print(f"{len(digests)} requests: {len(digests) - len(to_ask)} answered before, {len(to_ask)} to ask", flush=True)
-    asker = _asker(endpoint, key) if to_ask else None
+    asker, failed = _asker(endpoint, key) if to_ask else None, threading.Event()
 
     def answer(prompt: str) -> None:
+        if failed.is_set():  # requests under way finish and are kept; no other is made
+            return
         try:
             reply = asker(prompt)
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # requests under way finish and are kept
+            failed.set()
             raise
         line = json.dumps({"key": digests[prompt], "model": endpoint.model, **reply}) + "\n"
         lines.write(line.encode())  # unbuffered and appended: whole, whichever thread writes
