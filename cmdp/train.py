@@ -438,15 +438,15 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
         for each in every:
             train(experiment, *each)
         return
+    check_machine({}, results)
     for run, seed in every:
-        check_machine({}, results)
         folder = train(experiment, run, seed)
         record = storage.read(folder / RECORD)
         if record["measured"] and (results / "completions" / run / f"{seed}.csv").is_file():
             continue
         pair = load_trained(experiment, run, seed)
-        completions, positions = measure(experiment, pair, seed)
-        problems = experiment.problems(experiment.evaluate.split, pair[-1])
+        problems = experiment.problems(experiment.evaluate.split, pair[-1])[: experiment.evaluate.prompts]
+        completions, positions = measure(experiment, pair, seed, problems)
         texts = completions.query("decoding == 'sampled'")[["prompt", "completion"]]
         texts = texts.assign(prompt=[problems[index]["prompt"] for index in texts["prompt"]])  # what `judge` reads
         training = storage.read(folder / TRAINING).reindex(columns=[*LOGGED, *PHASES]).dropna(subset="csr")

@@ -35,11 +35,11 @@ def make_tokenizer():
     return build_tokenizer(WORDS)
 
 
-def make_model(tokenizer, seed: int, hidden: int = 16, spread: float = 10.0):
-    """A Llama of two layers. `spread` scales its initial weights: the distributions are then far from uniform."""
+def make_model(tokenizer, seed: int, hidden: int = 16, spread: float = 10.0, layers: int = 2):
+    """A Llama. `spread` scales its initial weights: the distributions are then far from uniform."""
     from cmdp.models import build_model
 
-    model = build_model(tokenizer, layers=2, hidden=hidden, heads=2, seed=seed)
+    model = build_model(tokenizer, layers=layers, hidden=hidden, heads=2, seed=seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:

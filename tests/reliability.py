@@ -35,12 +35,13 @@ import pandas as pd
 import safetensors.torch
 import torch
 import yaml
+from conftest import make_model
 
 import cmdp.evaluation
 import cmdp.trainer
 import replication.run
 from cmdp import cli, storage, train
-from cmdp.models import build_model, build_tokenizer
+from cmdp.models import build_tokenizer
 from cmdp.tasks import arithmetic, competition_math, gsm
 
 LIMIT = 5.0  # seconds that all checkers may take on one text
@@ -66,10 +67,7 @@ def project(folder: Path) -> Path:
     """A project whose runs take a second: parameter files, a student and a teacher of one narrow layer."""
     tokenizer = build_tokenizer(arithmetic.vocabulary())
     for seed, role in enumerate(("student", "teacher")):
-        model = build_model(tokenizer, layers=1, hidden=16, heads=2, seed=seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter *= 8 if parameter.dim() == 2 else 1  # far from uniform
+        model = make_model(tokenizer, seed, spread=8.0, layers=1)
         model.save_pretrained(folder / "results/start" / role)
         tokenizer.save_pretrained(folder / "results/start" / role)
     task = {"name": "arithmetic", "seed": 0, "steps": [2, 3], "sizes": {"test": 4, "validation": 4, "train": 8}}

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from conftest import make_model
 from test_models import write_model
 
 from cmdp import cli, train
@@ -29,10 +30,7 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setenv("CMDP_TRACEBACK", "")
     tokenizer = build_tokenizer(arithmetic.vocabulary())
     for seed, role in enumerate(("student", "teacher")):
-        model = build_model(tokenizer, layers=1, hidden=16, heads=2, seed=seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter *= 8 if parameter.dim() == 2 else 1  # far from uniform
+        model = make_model(tokenizer, seed, spread=8.0, layers=1)
         model.save_pretrained(role)
         tokenizer.save_pretrained(role)
     settings = {
