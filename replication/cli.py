@@ -19,7 +19,7 @@ STAGES = {  # stage: the function it calls, what it does, and whether it takes a
     "readme": ("readme:fill_all", "fill the generated tables of README.md and docs/", False),
     "benchmark": ("benchmark:benchmark", "time a step next to TRL's trainers: results/benchmark/NAME.csv", True),
     "gsm8k": ("gsm8k:write", "check GSM8K's own solutions, from the folder NAME: results/gsm8k/check.json", True),
-    "keys": ("experiments:print_keys", "print the runs of a part, as a pattern for parallel.sh", True),
+    "keys": ("experiments:print_keys", "print the runs of a part, or the entries of tuning, as a pattern", True),
     "smoke": ("experiments:shrink", "shrink the parameter files under the folder NAME to profiles/smoke.yaml", True),
 }
 

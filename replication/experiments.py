@@ -89,8 +89,8 @@ def gather(table: str, runs: dict[str, Row], root: Path = RESULTS / "runs") -> p
 
 
 def print_keys(part: str) -> None:
-    """Print the runs of a part as a pattern, "sft|grpo|...", for parallel.sh."""
-    print("|".join(rows(part=part)))
+    """Print the runs of a part, or the entries of `tuning`, as a pattern, "sft|grpo|...", for parallel.sh and xargs."""
+    print("|".join(sections(EXPERIMENTS, "tuning")[0]["entries"] if part == "tuning" else rows(part=part)))
 
 
 def shrink(folder: str) -> None:

@@ -160,14 +160,14 @@ def trial(name: str) -> None:
 
 
 def _neighbours(place: tuple[int, ...] | None, parameters: int):
-    """The places one step from `place` on the ladders: all parameters down, one after the other, then all up. Without
-    a place the start."""
+    """The places one step from `place` on the ladders: first further where steps have led already, and then all
+    parameters down, one after the other, and up. Without a place the start."""
     if place is None:
         yield (0,) * parameters
     else:
-        for step in (-1, 1):
-            for index in range(parameters):
-                yield (*place[:index], place[index] + step, *place[index + 1 :])
+        onward = [(index, 1 if steps > 0 else -1) for index, steps in enumerate(place) if steps]
+        for index, step in [*onward, *((index, step) for step in (-1, 1) for index in range(parameters))]:
+            yield (*place[:index], place[index] + step, *place[index + 1 :])
 
 
 def score_of(entry: dict, means: pd.Series, csr: float) -> float:
