@@ -127,8 +127,8 @@ def chances(student, tokenizer, problems: list[dict]) -> pd.DataFrame:
 def trial(name: str) -> None:
     """Tune one entry of experiments.yaml on validation prompts: results/tuning/NAME.csv.
 
-    Every entry has as many trials. The first takes each parameter's `start`; the next ones step from the best so far to
-    its neighbours on each ladder (factors of `ladder`), so that no best is left at an edge while trials last.
+    Every entry has `trials` trials. The first takes each parameter's `start`; the next ones step from the best so far
+    to its neighbours on each ladder (factors of `ladder`). While the best is at an edge, `further` ones go beyond it.
     """
     (tuning,), (task, default) = sections(EXPERIMENTS, "tuning"), sections(PARAMS, "task", "budget")
     storage.check_names(name)
@@ -137,9 +137,14 @@ def trial(name: str) -> None:
     entry, problems = tuning["entries"][name], load_problems(task)["validation"]
     start = tuning["start"] | entry.get("start", {})
     names, tried = list(start), {}
-    while len(tried) < tuning["trials"]:
+    while len(tried) < tuning["trials"] + tuning["further"]:
         places = sorted(tried, key=lambda place: -tried[place][0]["score"]) or [None]
-        place = next(step for best in places for step in _neighbours(best, len(names)) if step not in tried)
+        steps = (step for best in places for step in _neighbours(best, len(names)))
+        if len(tried) >= tuning["trials"]:
+            steps = _beyond(places[0], list(tried))
+        place = next((step for step in steps if step not in tried), None)
+        if place is None:
+            break
         values = {key: start[key] * tuning["ladder"] ** k for key, k in zip(names, place, strict=True)}
         key = f"{name}-{len(tried)}"
         planned = experiment("tuning", "student", {key: {"method": entry["method"], **entry["fixed"], **values}})
@@ -160,14 +165,22 @@ def trial(name: str) -> None:
 
 
 def _neighbours(place: tuple[int, ...] | None, parameters: int):
-    """The places one step from `place` on the ladders: first further where steps have led already, and then all
-    parameters down, one after the other, and up. Without a place the start."""
+    """The places one step from `place` on the ladders: all parameters down, one after the other, and then up. Without a
+    place the start."""
     if place is None:
         yield (0,) * parameters
     else:
-        onward = [(index, 1 if steps > 0 else -1) for index, steps in enumerate(place) if steps]
-        for index, step in [*onward, *((index, step) for step in (-1, 1) for index in range(parameters))]:
-            yield (*place[:index], place[index] + step, *place[index + 1 :])
+        for step in (-1, 1):
+            for index in range(parameters):
+                yield (*place[:index], place[index] + step, *place[index + 1 :])
+
+
+def _beyond(best: tuple[int, ...], tried: list[tuple[int, ...]]):
+    """The places one step from `best` past the edges of what was `tried`."""
+    for index, values in enumerate(zip(*tried, strict=True)):
+        for edge, step in ((min(values), -1), (max(values), 1)):
+            if best[index] == edge:
+                yield (*best[:index], edge + step, *best[index + 1 :])
 
 
 def score_of(entry: dict, means: pd.Series, csr: float) -> float:

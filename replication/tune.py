@@ -38,7 +38,7 @@ def trials(folder: Path, tuning: dict) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: an entry has no trials.
-        ValueError: an entry has not as many trials as were asked for, with the seeds asked for.
+        ValueError: an entry has fewer or more trials than were asked for, or other seeds than the seeds asked for.
     """
     tables = []
     for name in tuning["entries"]:
@@ -46,7 +46,8 @@ def trials(folder: Path, tuning: dict) -> pd.DataFrame:
         if not path.is_file():
             raise FileNotFoundError(f"There are no trials in {path}: run `make tune` first.")
         grouped = (rows := pd.read_csv(path)).groupby("trial")
-        if len(grouped) != tuning["trials"] or any(list(own) != tuning["seeds"] for _, own in grouped["seed"]):
+        extra = len(grouped) - tuning["trials"]  # beyond an edge
+        if not 0 <= extra <= tuning["further"] or any(list(own) != tuning["seeds"] for _, own in grouped["seed"]):
             asked = f"{tuning['trials']} trials with seeds {tuning['seeds']}"
             raise ValueError(f"{path} has not the {asked} that {EXPERIMENTS} asks for: finish `make tune`.")
         means = grouped[[*rows.columns.drop(["trial", "seed", *MEASURED])]].first().join(grouped[MEASURED].mean())

@@ -49,7 +49,7 @@ EXPERIMENTS = {
         "untuned": {"method": "gkd", "tuned": "gkd", "seeds": [0]},
     },
     "tuning": {
-        **{"seeds": [100, 101], "samples": 2, "trials": 4, "ladder": 2.0, "csr": 0.5},
+        **{"seeds": [100, 101], "samples": 2, "trials": 4, "further": 1, "ladder": 2.0, "csr": 0.5},
         "start": {"learning_rate": 1e-3},
         "entries": {
             "grpo": {"method": "grpo", "by": "accuracy", "fixed": {}},
@@ -132,7 +132,8 @@ def test_the_chances_of_a_right_completion_are_those_of_its_tokens(monkeypatch):
 
 
 def test_trials_walk_the_ladders_from_the_best_so_far(monkeypatch):
-    """The score prefers learning rates near 4e-3: the last trial goes on from the edge of the first three."""
+    """The score prefers learning rates near 4e-3: the last of the trials goes on from the edge of the first three, and
+    one more beyond its own."""
     monkeypatch.setattr(run, "train", lambda *_, **__: None)
     monkeypatch.setattr(run, "load_trained", lambda *_: None)
     planned = []
@@ -147,19 +148,19 @@ def test_trials_walk_the_ladders_from_the_best_so_far(monkeypatch):
     run.trial("grpo")
     table = pd.read_csv("results/tuning/grpo.csv")
     assert list(table.columns) == ["trial", "seed", "learning_rate", "accuracy", "csr", "cost", "score"]
-    assert table["learning_rate"].tolist() == [1e-3, 1e-3, 5e-4, 5e-4, 2e-3, 2e-3, 4e-3, 4e-3]
-    assert table["seed"].tolist() == [100, 101] * 4
+    assert table["learning_rate"].tolist() == [1e-3, 1e-3, 5e-4, 5e-4, 2e-3, 2e-3, 4e-3, 4e-3, 8e-3, 8e-3]
+    assert table["seed"].tolist() == [100, 101] * 5
     assert table["score"].is_unique is False
     assert table["score"].idxmax() == 6
     planned.clear()
     run.trial("cmdp")
     rates = [(settings["learning_rate"], settings["lam"]) for settings in planned[::2]]
-    assert rates == [(1e-3, 1.0), (5e-4, 1.0), (1e-3, 0.5), (2e-3, 1.0)]
+    assert rates == [(1e-3, 1.0), (5e-4, 1.0), (1e-3, 0.5), (2e-3, 1.0), (4e-3, 1.0)]
     assert all(settings["penalty"] == 0.5 for settings in planned)
 
 
 def test_trials_are_trained_and_measured_on_validation_prompts():
-    experiments = EXPERIMENTS | {"tuning": EXPERIMENTS["tuning"] | {"trials": 1, "seeds": [100]}}
+    experiments = EXPERIMENTS | {"tuning": EXPERIMENTS["tuning"] | {"trials": 1, "further": 0, "seeds": [100]}}
     Path("experiments.yaml").write_text(yaml.safe_dump(experiments, sort_keys=False))
     run.trial("cmdp")
     row = pd.read_csv("results/tuning/cmdp.csv").iloc[0]

@@ -20,7 +20,8 @@ ENTRIES = {
     "cmdp-by-token": {"method": "cmdp", "fixed": {"credit": "return_to_go"}, "start": {"lam": 1.0}},
     "cmdp-chance": {"method": "cmdp-chance", "fixed": {}},
 }
-TUNING = {"seeds": [1, 2], "trials": 3, "csr": 0.95, "start": {"learning_rate": 0.1}, "derived": {"trl-grpo": "grpo"}}
+TUNING = {"seeds": [1, 2], "trials": 3, "further": 1, "csr": 0.95, "start": {"learning_rate": 0.1}}
+TUNING |= {"derived": {"trl-grpo": "grpo"}}
 FOUND = {  # accuracy and CSR of each trial; the score is the accuracy, but for cmdp's
     "grpo": [(0.4, 0.1), (0.9, 0.1), (0.8, 0.1)],
     "soft-0.3": [(0.7, 0.90), (0.8, 0.90), (0.6, 0.90)],
@@ -85,7 +86,7 @@ def test_below_the_target_the_higher_csr_is_better():
     assert tune.under_constraint(trials, 0.95).tolist() == pytest.approx([-0.5, -0.06, 0.1])
 
 
-@pytest.mark.parametrize("change", [{"seeds": [1, 3]}, {"seeds": [1]}, {"trials": 4}])
+@pytest.mark.parametrize("change", [{"seeds": [1, 3]}, {"seeds": [1]}, {"trials": 4}, {"trials": 1}])
 def test_trials_of_unequal_effort_are_not_compared(results, change):
     with pytest.raises(ValueError, match=r"grpo.csv has not the .* trials with seeds .*: finish `make tune`"):
         tune.trials(results / "tuning", TUNING | change | {"entries": ENTRIES})
