@@ -8,6 +8,7 @@ completions that end in the answer in another way. Its mean is the accuracy's, a
 """
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,12 @@ def write_study(results: Path = RESULTS) -> None:
         write_table(table, results / "study" / f"{name}.csv")
     budgets = {name: own_budget(row, budget) for name, row in runs.items()}
     write_table(ceiling.accounts(sampled, budgets), results / "ceiling.csv")
+
+
+def spelled(value: Sequence[float], unit: str = "", spec: str = "z.1f", scale: float = 100) -> str:
+    """(mean, low, high) in per cent: `97.1 [96.5, 97.6]`."""
+    mean, low, high = (format(scale * number, spec) for number in value)
+    return f"{mean}{unit} [{low}, {high}]"
 
 
 def by_name(table: dict[str, Row]) -> dict[str, Row]:

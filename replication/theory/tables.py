@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from replication.tables import spelled
 from replication.theory import OURS
 
 
@@ -56,8 +57,8 @@ def sampled_learners(results: Path) -> pd.DataFrame:
 
 def percent(table: pd.DataFrame, measure: str) -> pd.Series:
     """A measure in per cent with its 95 % interval: `97.1 [96.5, 97.6]`."""
-    ends = (100 * table[[measure, f"{measure}_low", f"{measure}_high"]]).round(1) + 0.0  # no -0.0
-    return pd.Series([f"{mean:.1f} [{low:.1f}, {high:.1f}]" for mean, low, high in ends.to_numpy()], table.index)
+    values = table[[measure, f"{measure}_low", f"{measure}_high"]].to_numpy()
+    return pd.Series([spelled(value) for value in values], table.index)
 
 
 def learners(results: Path) -> pd.DataFrame:
