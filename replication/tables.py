@@ -41,20 +41,14 @@ def write_default(results: Path = RESULTS) -> None:
     """Gather the default runs: summary, metrics, training curves, cost by position, times, provenance; and compute what
     a budget can buy."""
     runs, params = rows(part="default"), read_yaml(PARAMS)
-    exact, times, curves, positions = (
-        gather(name, runs, results / "runs") for name in ("exact", "times", "training", "positions")
-    )
+    names = {"exact": "exact", "timing": "times", "curves": "training", "positions": "positions"}
+    tables = {name: gather(kept, runs, results / "runs") for name, kept in names.items()}
     means = summary(read_completions(results, "default"), by_name(runs), params["budget"]["budget"])
-    phases = times.groupby("run", sort=False)[list(times.filter(like="time/"))].median().dropna(how="all")
-    p, task = ceiling.measured(exact), params["task"]
-    tables = {
-        "summary": means[["run", "measure", "mean", "low", "high", "seeds"]],
-        "curves": curves,
-        "positions": positions,
-        "timing": phases.reset_index(),
-        "contest": ceiling.contests(p, task["slips"], task["steps"]),
-        "prices": ceiling.prices(p),
-    }
+    tables["summary"] = means[["run", "measure", "mean", "low", "high", "seeds"]]
+    phases = tables["timing"].filter(like="time/").groupby(tables["timing"]["run"], sort=False).median()
+    tables["timing"] = phases.dropna(how="all").reset_index()
+    p, task = ceiling.measured(tables.pop("exact")), params["task"]
+    tables |= {"contest": ceiling.contests(p, task["slips"].values(), task["steps"]), "prices": ceiling.prices(p)}
     for name, table in tables.items():
         write_table(table, results / f"{name}.csv")
     for run, measured in means.groupby("run"):  # a file each: `dvc metrics show` prints one line per run
