@@ -5,6 +5,7 @@ Differences are paired over seeds and prompts; the verdicts on the paper's claim
 the intervals of `tables.equal_csr`. docs/study.md says how to read them.
 """
 
+import itertools
 import json
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -58,7 +59,7 @@ class Study:
 
     def minus(self, run: str, baseline: str, measure: str) -> tuple[float, float, float]:
         """(mean, low, high) of a measure's paired difference."""
-        return difference(self.runs[run], self.runs[baseline], MEASURES[measure], self.level, MANY_RESAMPLES)[:3]
+        return difference(self.runs[run], self.runs[baseline], MEASURES[measure], self.level)[:3]
 
 
 share = partial(spelled, unit=" %", spec=".1f")
@@ -91,7 +92,8 @@ def at_equal_csr(study: Study, claim: dict) -> tuple[str, dict]:
 
 def win_rate(study: Study, claim: dict) -> tuple[str, dict]:
     """Pairwise win rates over each baseline; the weakest verdict counts."""
-    rates = wins(study.completions, claim["baselines"], [study.subject, study.ours], study.level, MANY_RESAMPLES)
+    pairs = itertools.product((study.subject, study.ours), claim["baselines"])
+    rates = wins(study.completions, pairs, study.level, MANY_RESAMPLES)
     verdicts, said = [], []
     for run, baseline, *rate in rates[["run", "baseline", "win_rate", "low", "high"]].to_numpy():
         said.append(f"{run}{' (ours)' * (run == study.ours)} over {baseline}: {share(rate)}")
@@ -194,14 +196,14 @@ JUDGES = {judge.__name__: judge for judge in (*_JUDGES, degrades, careful_tuning
 
 def conditions(study: Study) -> dict[str, str]:
     """What fills the braces in the claims' conditions and evidence, beside what each judge found."""
-    given, size = study.settings, study.times.set_index("run")["parameters"][study.subject].min()
-    seeds, trials = study.runs[study.subject]["seed"].nunique(), study.trials["run"].value_counts()[study.subject]
-    scale, budget = f"arithmetic, a student of {size:,} parameters, {seeds} seeds", f"{study.budget:g}"
-    own = {"soft": study.soft, "subject": study.subject, "variant": study.ours, "scale": scale, "budget": budget}
-    own["at"] = f"{scale}, budget {budget} nats"
-    own["tuned"] = f"{own['at']}; each the best of {trials} trials"
-    shares = {name: f"{100 * value:g}" for name, value in (given | {"near": 1 - given["near"]}).items()}
-    return shares | own | {"turns": study.benchmark["repeats"].iloc[0]}
+    given, trials = study.settings, study.trials["run"].value_counts()[study.subject]
+    size = study.times.set_index("run")["parameters"][study.subject].min()
+    scale = f"arithmetic, a student of {size:,} parameters, {study.runs[study.subject]['seed'].nunique()} seeds"
+    at = f"{scale}, budget {study.budget:g} nats"
+    said = {name: f"{100 * value:g}" for name, value in (given | {"near": 1 - given["near"]}).items()}
+    said |= {"soft": study.soft, "subject": study.subject, "variant": study.ours, "scale": scale, "at": at}
+    said |= {"budget": f"{study.budget:g}", "turns": study.benchmark["repeats"].iloc[0]}
+    return said | {"tuned": f"{at}; each the best of {trials} trials"}
 
 
 def judge(study: Study, claims: list[dict] = CLAIMS) -> pd.DataFrame:

@@ -1,5 +1,4 @@
-"""Figures of the default experiment and of the study, from results files alone: SVG and PNG, readable in print and by
-the colour-blind. plots.yaml has their looks and words.
+"""Figures of the default experiment and of the study, from results files alone; plots.yaml has their looks and words.
 
 A run has one colour and one marker throughout, those of its method; the soft Lagrangians share a hue, darker with
 lambda. Methods that know the budget have dashed lines and black edges. Runs that were not made are left out. Bars are
@@ -28,9 +27,7 @@ PALETTE = sns.color_palette("colorblind")
 STYLES, TEXTS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")).values()
 SOFT = "gkd-grpo"
 OUTLINED = ("trl-grpo", "trl-gkd")  # drawn as outlines: they come close to grpo and gkd
-STARTS = ("student-third", "student", "teacher")  # that the methods distil, in the order of size
 TRACED = ("sft", "grpo", "gkd", "cmdp", "cmdp-hinge", "cmdp-chance", "dual")  # where all would be too many
-ENDS = {"mean": "", "low": "_low", "high": "_high"}
 FEW = 30  # completions: a share of fewer is not drawn
 EDGE = {"markeredgecolor": "black", "markeredgewidth": 1.2}
 DASHED = {"color": "black", "linestyle": "--", "linewidth": 1}
@@ -43,15 +40,14 @@ def looks(table: dict[str, Row], lambdas: dict[str, float]) -> Style:
     order; a run at another budget, at other settings or of another start as the run that it changes."""
     runs, found = by_name(table), {}
     methods = {name: row for name, row in runs.items() if row.family == "method"}
+    students = [name for name, row in methods.items() if row.start != "teacher"]
     for method, variants in STYLES.items():
-        own, line = [name for name, row in methods.items() if row.method == method], "--"
-        if method in BUDGET_FREE:
-            own, line = [name for name in own if methods[name].start != "teacher"], "-"
+        own, line = [name for name in students if runs[name].method == method], "-" if method in BUDGET_FREE else "--"
         if method == SOFT:
             own, (hue, marker) = [*lambdas], variants[0]
             variants = [(colour, marker) for colour in sns.light_palette(hue, len(own) + 2)[2:]]
         found |= {name: Look(*look, line, method) for name, look in zip(own, itertools.cycle(variants), strict=False)}
-    found |= {name: Look("black", "*", "-", "sft") for name, row in methods.items() if row.start == "teacher"}
+    found |= {name: Look("black", "*", "-", "sft") for name in methods if name not in students}
     of = {name: row.tuned for name, row in runs.items()} | shown_as(runs)
     return found | {name: found[other] for name, other in of.items() if other in found and name not in found}
 
@@ -72,34 +68,34 @@ def draw(subject: str, results: Path = RESULTS, folder: Path = FIGURES) -> None:
 
 def figures(subject: str, results: Path) -> dict[str, plt.Figure]:
     """The figures of `subject`, default or study, by name."""
+
+    def read(name: str) -> pd.DataFrame:
+        if not (path := results / f"{name}.csv").is_file():
+            raise FileNotFoundError(f"{path} is missing: run `python -m replication tables` for its part first.")
+        return pd.read_csv(path)
+
     table, budget = by_name(rows()), read_yaml(PARAMS)["budget"]["budget"]
     target, part = read_yaml(EXPERIMENTS)["claims"]["target"], None if subject == "study" else subject
     style = looks(table, soft_lambdas(table, read_yaml(results / "chosen.yaml")["runs"]))
     runs, sampled = by_name(rows(part=part)), read_completions(results, part).query("decoding == 'sampled'")
-    drawn = {"ceiling": ceiling(kept(sampled, runs, target), _read(results / "prices.csv"), style, budget, target)}
+    first = ceiling(kept(sampled, runs, target), read("prices"), style, budget, target)
     if subject == "default":
-        return drawn | {
+        return {
+            "ceiling": first,
             "frontier": frontier(points_by_budget(sampled, runs, budget), style, target),
-            "cost_by_position": cost_by_position(_read(results / "positions.csv"), style, budget),
+            "cost_by_position": cost_by_position(read("positions"), style, budget),
             "cost_distribution": cost_distribution(sampled, style, budget, target),
-            "training": training(_read(results / "curves.csv"), style),
+            "training": training(read("curves"), style),
         }
-    names = ("ablations", "equal_csr", "frontier", "summary", "violation")
-    tables = {name: _read(results / "study" / f"{name}.csv") for name in names}
-    return drawn | {
-        "frontier": frontier(tables["frontier"], style, target),
-        "equal_csr": equal_csr(tables["equal_csr"], style),
-        "nats": nats(_read(results / "ceiling.csv"), style, runs),
-        "ablations": ablations(tables["ablations"], style, runs),
-        "capacity": capacity(tables["summary"], style, runs, target),
-        "violation": violation(tables["violation"], style),
+    return {
+        "ceiling": first,
+        "frontier": frontier(read("study/frontier"), style, target),
+        "equal_csr": equal_csr(read("study/equal_csr"), style),
+        "nats": nats(read("ceiling"), style, runs),
+        "ablations": ablations(read("study/ablations"), style, runs),
+        "capacity": capacity(read("study/summary"), style, runs, target),
+        "violation": violation(read("study/violation"), style),
     }
-
-
-def _read(path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: run `python -m replication tables` for its part first.")
-    return pd.read_csv(path)
 
 
 def save(figure: plt.Figure, folder: Path, name: str) -> None:
@@ -157,9 +153,9 @@ def nats(table: pd.DataFrame, style: Style, runs: dict[str, Row]) -> plt.Figure:
     bars = {"height": 0.66, "edgecolor": "black", "linewidth": 0.5}
     axes.barh(place, table["useful"], color=[style[run].colour for run in shown], **bars)
     axes.barh(place, table["wasted"], left=table["useful"], color="white", hatch="////", **bars)
-    for at, (_, row) in zip(place, table.iterrows(), strict=True):
-        text = f"  {100 * row['accuracy']:.0f} % of at most {100 * row['ceiling']:.0f} %"
-        axes.text(row["cost"], at, text, va="center", fontsize="small")
+    for at, row in enumerate(table.itertuples()):
+        text = f"  {100 * row.accuracy:.0f} % of at most {100 * row.ceiling:.0f} %"
+        axes.text(row.cost, at, text, va="center", fontsize="small")
     axes.set_yticks(place, shown)
     axes.set(ylim=(len(shown) - 0.4, -0.6), xlim=(0, 1.3 * table["cost"].max()))
     axes.xaxis.set_major_locator(MaxNLocator(7))
@@ -239,13 +235,13 @@ def capacity(summary: pd.DataFrame, style: Style, runs: dict[str, Row], target: 
     one, and the teacher distilled into itself."""
     tuned = {row.tuned for row in runs.values() if row.family == "capacity"}
     shown = [name for name, row in runs.items() if row.tuned in tuned and not row.settings and name != "teacher"]
-    about = {"index": ["run", "tuned", "start"], "columns": "measure", "values": [*ENDS]}
+    about = {"index": ["run", "tuned", "start"], "columns": "measure", "values": ["mean", "low", "high"]}
     table = summary[summary["run"].isin(shown)].pivot(**about)
-    table.columns = [measure + ENDS[end] for end, measure in table.columns]
+    table.columns = [f"{measure}_{end}".removesuffix("_mean") for end, measure in table.columns]
     table = table.reset_index().rename(columns={"tuned": "method", "start": "panel"})
     table["trained_at"] = [None if runs[run].method in BUDGET_FREE else 1 for run in table["run"]]
-    panels = {start: TEXTS["capacity"]["starts"][start] for start in STARTS if start in {"student", *table["panel"]}}
-    return _plane("capacity", table, panels, style, target)
+    starts, there = TEXTS["capacity"]["starts"], {"student", *table["panel"]}
+    return _plane("capacity", table, {start: starts[start] for start in starts if start in there}, style, target)
 
 
 def _plane(name: str, table: pd.DataFrame, titles: dict, style: Style, target: float) -> plt.Figure:

@@ -34,12 +34,8 @@ def write_choice(results: Path = RESULTS) -> None:
 
 def trials(folder: Path, tuning: dict) -> pd.DataFrame:
     """All trials of `tuning` (experiments.yaml), a row each: `run`, `trial`, `seeds`, the settings tried, and the means
-    over seeds of `MEASURED`.
-
-    Raises:
-        FileNotFoundError: an entry has no trials.
-        ValueError: an entry has not as many trials as were asked for, with the seeds asked for.
-    """
+    over seeds of `MEASURED`. Raises `FileNotFoundError` if an entry has no trials, `ValueError` if not as many as were
+    asked for, with the seeds asked for."""
     tables = []
     for name in tuning["entries"]:
         path = folder / f"{name}.csv"

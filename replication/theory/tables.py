@@ -20,7 +20,7 @@ def numbers(results: Path, part: str) -> pd.DataFrame:
     if not all(isinstance(x, dict) for x in found.values()):
         found = {part: {name: x for name, x in found.items() if isinstance(x, float)}}
     table = pd.DataFrame.from_dict(found, orient="index").map("{:.3g}".format)
-    return table.set_axis(table.index.str.replace("_", " ")).set_axis(table.columns.str.replace("_", " "), axis=1)
+    return table.rename(index=lambda name: name.replace("_", " "), columns=lambda name: name.replace("_", " "))
 
 
 def bracket(results: Path) -> pd.DataFrame:
