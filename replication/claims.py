@@ -93,8 +93,7 @@ def at_equal_csr(study: Study, claim: dict) -> tuple[str, dict]:
 def win_rate(study: Study, claim: dict) -> tuple[str, dict]:
     """Pairwise win rates over each baseline; the weakest verdict counts."""
     pairs = itertools.product((study.subject, study.ours), claim["baselines"])
-    rates = wins(study.completions, pairs, study.level, MANY_RESAMPLES)
-    verdicts, said = [], []
+    rates, verdicts, said = wins(study.completions, pairs, study.level, MANY_RESAMPLES), [], []
     for run, baseline, *rate in rates[["run", "baseline", "win_rate", "low", "high"]].to_numpy():
         said.append(f"{run}{' (ours)' * (run == study.ours)} over {baseline}: {share(rate)}")
         verdicts += [gain(*rate[1:], 0.5 + claim["gain"] / 2, none=0.5)] if run == study.subject else []
@@ -194,28 +193,24 @@ _JUDGES = (over_soft, at_equal_csr, win_rate, at_similar_csr, competitive, same_
 JUDGES = {judge.__name__: judge for judge in (*_JUDGES, degrades, careful_tuning, at_budgets)}
 
 
-def conditions(study: Study) -> dict[str, str]:
-    """What fills the braces in the claims' conditions and evidence, beside what each judge found."""
+def judge(study: Study, claims: list[dict] = CLAIMS) -> pd.DataFrame:
+    """The verdicts, a row each; the words of claims.yaml are filled with what the study is and what each judge found.
+    Raises `ValueError` where a run they need is missing."""
+    needed = [study.subject, study.ours, study.soft, *(run for claim in claims for run in claim.get("baselines", []))]
+    if missing := [name for name in dict.fromkeys(needed) if name not in set(study.completions["run"])]:
+        raise ValueError(f"The verdicts need the runs {missing}: run the study first (`make study`).")
     given, trials = study.settings, study.trials["run"].value_counts()[study.subject]
     size = study.times.set_index("run")["parameters"][study.subject].min()
     scale = f"arithmetic, a student of {size:,} parameters, {study.runs[study.subject]['seed'].nunique()} seeds"
     at = f"{scale}, budget {study.budget:g} nats"
     said = {name: f"{100 * value:g}" for name, value in (given | {"near": 1 - given["near"]}).items()}
-    said |= {"soft": study.soft, "subject": study.subject, "variant": study.ours, "scale": scale, "at": at}
-    said |= {"budget": f"{study.budget:g}", "turns": study.benchmark["repeats"].iloc[0]}
-    return said | {"tuned": f"{at}; each the best of {trials} trials"}
-
-
-def judge(study: Study, claims: list[dict] = CLAIMS) -> pd.DataFrame:
-    """The verdicts, a row each. Raises `ValueError` where a run they need is missing."""
-    needed = [study.subject, study.ours, study.soft, *(run for claim in claims for run in claim.get("baselines", []))]
-    if missing := [name for name in dict.fromkeys(needed) if name not in set(study.completions["run"])]:
-        raise ValueError(f"The verdicts need the runs {missing}: run the study first (`make study`).")
-    said, found = conditions(study), []
+    said |= {"soft": study.soft, "subject": study.subject, "variant": study.ours, "budget": f"{study.budget:g}"}
+    said |= {"scale": scale, "at": at, "tuned": f"{at}; each the best of {trials} trials"}
+    said["turns"], found = study.benchmark["repeats"].iloc[0], []
     for claim in claims:
         verdict, values = JUDGES[claim["judge"]](study, claim) if "judge" in claim else (UNTESTED, {})
         words = {name: claim[name].format_map(said | values) for name in ("evidence", "conditions")}
-        found.append({**{name: claim[name] for name in ("id", "claim", "published")}, "verdict": verdict, **words})
+        found.append({name: claim[name] for name in ("id", "claim", "published")} | {"verdict": verdict} | words)
     return pd.DataFrame(found)
 
 
