@@ -1,8 +1,7 @@
 """Figures of the default experiment and of the study, from results files alone; plots.yaml has their looks and words.
 
-A run has one colour and one marker throughout, those of its method; the soft Lagrangians share a hue, darker with
-lambda. Methods that know the budget have dashed lines and black edges. Runs that were not made are left out. Bars are
-95 % intervals; those of differences hold for all runs of a panel at once.
+A run looks like its method in all of them; the soft Lagrangians share a hue, darker with lambda. Methods that know the
+budget have dashed lines and black edges. Bars are 95 % intervals; those of differences hold for all runs of a panel.
 """
 
 import itertools
@@ -152,10 +151,9 @@ def nats(table: pd.DataFrame, style: Style, runs: dict[str, Row]) -> plt.Figure:
     axes, place = panels["nats"], np.arange(len(shown))
     bars = {"height": 0.66, "edgecolor": "black", "linewidth": 0.5}
     axes.barh(place, table["useful"], color=[style[run].colour for run in shown], **bars)
-    axes.barh(place, table["wasted"], left=table["useful"], color="white", hatch="////", **bars)
-    for at, row in enumerate(table.itertuples()):
-        text = f"  {100 * row.accuracy:.0f} % of at most {100 * row.ceiling:.0f} %"
-        axes.text(row.cost, at, text, va="center", fontsize="small")
+    wasted = axes.barh(place, table["wasted"], left=table["useful"], color="white", hatch="////", **bars)
+    texts = [f"{100 * row.accuracy:.0f} % of at most {100 * row.ceiling:.0f} %" for row in table.itertuples()]
+    axes.bar_label(wasted, texts, padding=5, fontsize="small")
     axes.set_yticks(place, shown)
     axes.set(ylim=(len(shown) - 0.4, -0.6), xlim=(0, 1.3 * table["cost"].max()))
     axes.xaxis.set_major_locator(MaxNLocator(7))

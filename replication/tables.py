@@ -2,9 +2,6 @@
 
 Means come with 95 % bootstrap intervals over seeds and prompts. Differences are paired over both, on the seeds that two
 runs share; their 5 % is shared by all runs that one table compares with one baseline on one measure (Bonferroni).
-
-Accuracy is sampled with a control variate: the exact probability of the right completion, plus the sampled share of
-completions that end in the answer in another way. Its mean is the accuracy's, and nearly all of the noise is gone.
 """
 
 import functools
@@ -96,7 +93,7 @@ def by_name(table: dict[str, Row]) -> dict[str, Row]:
 
 def read_completions(results: Path = RESULTS, part: str | None = None) -> pd.DataFrame:
     """Every completion of a part's runs or of all, with `run`, `right` (exact: the probability of the right completion)
-    and `accurate`, whose mean over samples is the accuracy. `valid` has mean `right`, which takes its place."""
+    and `accurate`, whose mean over samples is the accuracy: `right`, a control variate, takes the place of `valid`."""
     completions, exact = (gather(name, rows(part=part), results / "runs") for name in ("completions", "exact"))
     completions = completions.merge(exact[["run", "seed", "prompt", "right"]], on=["run", "seed", "prompt"])
     return completions.assign(accurate=completions["right"] + completions["correct"] - completions["valid"])

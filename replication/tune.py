@@ -20,8 +20,7 @@ def write_choice(results: Path = RESULTS) -> None:
     entries, table = tuning["entries"], trials(results / "tuning", tuning)
     best = table.groupby("run", sort=False)["score"].idxmax()  # of equal ones the first
     write_table(table.assign(chosen=table.index.isin(best).astype(int)), results / "tuning.csv")
-    chosen = table.loc[best].set_index("run")
-    runs: dict[str, dict] = {"sft": {}}
+    chosen, runs = table.loc[best].set_index("run"), {"sft": {}}
     for name, entry in entries.items():
         ladders = tuning["start"] | entry.get("start", {})
         runs[name] = entry["fixed"] | {key: float(chosen.loc[name, key]) for key in ladders}
