@@ -119,14 +119,14 @@ def kept(sampled: pd.DataFrame, runs: dict[str, Row], target: float) -> pd.DataF
 
 def ceiling(table: pd.DataFrame, prices: pd.DataFrame, style: Style, budget: float, target: float) -> plt.Figure:
     """Accuracy against nats: the ceiling of every method, both exact optima, and the trained students of `kept`."""
-    words = {"share": f"{100 * target:g} %"}
-    figure, panels = _panels("ceiling", words)
-    axes, lines = panels["accuracy"], TEXTS["ceiling"]["lines"]
+    share, texts = f"{100 * target:g} %", TEXTS["ceiling"]
+    figure, panels = _panels("ceiling", below=texts["below"].format(share=share))
+    axes = panels["accuracy"]
     axes.fill_between(prices["budget"], prices["low"], prices["high"], color="0.6", alpha=0.35, linewidth=0)
     axes.fill_between(prices["budget"], prices["soft"], prices["budgeted"], color=PALETTE[8], alpha=0.3, linewidth=0)
-    for (name, text), dash in zip(lines.items(), ("-", "--", "--"), strict=True):
+    for (name, text), dash in zip(texts["lines"].items(), ("-", "--", "--"), strict=True):
         colour = STYLES[SOFT][0][0] if name == "soft" else "black"
-        axes.plot(prices["budget"], prices[name], dash, color=colour, linewidth=1.3, label=text.format_map(words))
+        axes.plot(prices["budget"], prices[name], dash, color=colour, linewidth=1.3, label=text.format(share=share))
     _soft(axes, table.set_index("method"), "nats", "accuracy", style)
     for run, look, own in _by_run(table, style, "method"):
         own = own.sort_values("nats")
@@ -244,10 +244,9 @@ def capacity(summary: pd.DataFrame, style: Style, runs: dict[str, Row], target: 
 
 def _plane(name: str, table: pd.DataFrame, titles: dict, style: Style, target: float) -> plt.Figure:
     """Accuracy against CSR in the panels `titles` of column `panel`, a point per `method`."""
-    size = (max(7.4, 3.2 * len(titles) + 0.8), 4.8)
-    figure, panels = _panels(name, panels=titles, columns=len(titles), size=size)
-    for title in titles:
-        axes, part = panels[title], table[table["panel"] == title]
+    figure, panels = _panels(name, panels=titles, size=(max(7.4, 3.2 * len(titles) + 0.8), 4.8))
+    for title, axes in panels.items():
+        part = table[table["panel"] == title]
         _soft(axes, part.set_index("method"), "csr", "accuracy", style)
         for run, look, own in _by_run(part, style, "method"):
             if look.method != SOFT:
@@ -265,7 +264,7 @@ def equal_csr(table: pd.DataFrame, style: Style) -> plt.Figure:
     at the right: hollow where it is stricter than every lambda, no point where it is looser."""
     labels = [method for method in style if method in set(table["method"])]
     budgets = {budget: f"trained for {budget:g} nats" for budget in sorted(table["budget"].unique())}
-    figure, panels = _forest("equal_csr", budgets, dict.fromkeys(labels), columns=len(budgets))
+    figure, panels = _forest("equal_csr", budgets, dict.fromkeys(labels))
     for budget, axes in panels.items():
         for method, look, own in _by_run(table[table["budget"] == budget], style, "method"):
             row, place = own.iloc[0], labels.index(method)
@@ -284,7 +283,7 @@ def ablations(table: pd.DataFrame, style: Style, runs: dict[str, Row]) -> plt.Fi
         places[method] = len(labels)
         for run in (method, *own["run"].unique()):
             labels[run] = ", ".join(f"{key}: {value}" for key, value in runs[run].settings.items()) or run
-    figure, panels = _forest("ablations", {name: COMPARED[name] for name in ("accuracy", "csr")}, labels, columns=2)
+    figure, panels = _forest("ablations", {name: COMPARED[name] for name in ("accuracy", "csr")}, labels)
     for measure, axes in panels.items():
         for run, look, own in _by_run(table[table["measure"] == measure], style):
             _point(axes, run, look, 100 * own[["difference", "low", "high"]].T, [*labels].index(run))
@@ -294,10 +293,9 @@ def ablations(table: pd.DataFrame, style: Style, runs: dict[str, Row]) -> plt.Fi
     return figure
 
 
-def _forest(name: str, titles: dict, labels: dict, columns: int) -> tuple[plt.Figure, dict[str, plt.Axes]]:
+def _forest(name: str, titles: dict, labels: dict) -> tuple[plt.Figure, dict[str, plt.Axes]]:
     """Panels of differences in points, with a row per run of `labels` (its own name where it has none)."""
-    size = (2.4 + 2.2 * columns, 0.3 * len(labels) + 1.5)
-    figure, panels = _panels(name, panels=titles, columns=columns, size=size)
+    figure, panels = _panels(name, panels=titles, size=(2.4 + 2.2 * len(titles), 0.3 * len(labels) + 1.5))
     for axes in panels.values():
         axes.axvline(0, color="black", linewidth=1, zorder=1)
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
@@ -336,17 +334,15 @@ def _by_run(table: pd.DataFrame, style: Style, column: str = "run") -> Iterator[
     return ((run, look, groups[run]) for run, look in style.items() if run in groups)
 
 
-def _panels(name: str, words: dict | None = None, **changes) -> tuple[plt.Figure, dict[str, plt.Axes]]:
-    """The figure `name` of plots.yaml, with `changes` to what stands there and `words` in it, and its panels, of shares
-    in per cent."""
-    about = {"below": "", "share": {}, "columns": 1} | TEXTS[name] | changes
-    titles, columns = about["panels"], about["columns"]
-    shape = {"nrows": -(-len(titles) // columns), "ncols": columns, "figsize": about["size"], "squeeze": False}
-    figure, grid = plt.subplots(**shape, **about["share"], layout="constrained")
-    figure.suptitle(about["question"].format_map(words or {}), x=0.01, ha="left", fontweight="bold", fontsize="medium")
-    figure.supxlabel(about["below"].format_map(words or {}), fontsize="medium")
+def _panels(name: str, **changes) -> tuple[plt.Figure, dict[str, plt.Axes]]:
+    """The figure `name` of plots.yaml, with `changes` to it, and its panels side by side, of shares in per cent."""
+    about = {"below": "", "share": {}} | TEXTS[name] | changes
+    titles, size = about["panels"], about["size"]
+    figure, (row,) = plt.subplots(1, len(titles), figsize=size, squeeze=False, **about["share"], layout="constrained")
+    figure.suptitle(about["question"], x=0.01, ha="left", fontweight="bold", fontsize="medium")
+    figure.supxlabel(about["below"], fontsize="medium")
     figure.get_layout_engine().set(h_pad=0.07)
-    panels = dict(zip(titles, grid.flat, strict=True))
+    panels = dict(zip(titles, row, strict=True))
     for shown, axes in panels.items():
         axes.set_title(titles[shown], loc="left", fontsize="medium")
         _percent(axes.yaxis)
