@@ -34,12 +34,11 @@ Look = namedtuple("Look", "colour marker line method")
 Style = dict[str, Look]
 
 
-def looks(table: dict[str, Row], lambdas: dict[str, float]) -> Style:
-    """How each run is drawn, in the order of the legends: by its method, the soft Lagrangians of `lambdas` in their
-    order; a run at another budget, at other settings or of another start as the run that it changes."""
-    runs, found = by_name(table), {}
-    methods = {name: row for name, row in runs.items() if row.family == "method"}
-    students = [name for name, row in methods.items() if row.start != "teacher"]
+def looks(runs: dict[str, Row], lambdas: dict[str, float]) -> Style:
+    """How each run is drawn, by name, in the order of the legends: by its method, the soft Lagrangians of `lambdas` in
+    their order; a run at another budget, at other settings or of another start as the run that it changes."""
+    methods, found = [name for name, row in runs.items() if row.family == "method"], {}
+    students = [name for name in methods if runs[name].start != "teacher"]
     for method, variants in STYLES.items():
         own, line = [name for name in students if runs[name].method == method], "-" if method in BUDGET_FREE else "--"
         if method == SOFT:
