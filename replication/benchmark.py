@@ -1,8 +1,6 @@
-"""Time of a training step next to TRL's trainers, the soft Lagrangian and dual ascent.
-
-TRL's `GRPOTrainer` has a reference model as large as the teacher: the price of GRPO with a KL term. TRL's
-`DistillationTrainer` is the price of GKD. All trainers have the same student, teacher, prompts and number of
-completions, all of one length, and take turns in one process, so that other load falls on all alike.
+"""Time of a training step next to the soft Lagrangian, dual ascent and TRL's trainers: `GRPOTrainer`, with a reference
+model as large as the teacher, and `DistillationTrainer`, the price of GKD. All have the same student, teacher, prompts
+and completions, all of one length, and take turns in one process, so that other load falls on all alike.
 """
 
 import contextlib

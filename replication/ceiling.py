@@ -6,7 +6,8 @@ to its first slip. Arrays are (N, K), a row per prompt; steps that a prompt has 
 results files.
 """
 
-from typing import NamedTuple
+from collections import namedtuple
+from collections.abc import Collection
 
 import numpy as np
 import pandas as pd
@@ -17,22 +18,16 @@ from cmdp.statistics import bootstrap, bounds, cells, interval, with_budget
 TEACHER = "teacher"  # the run that measures it
 TESTED = (0.2, 0.3, 0.5, 0.8, 1.2)  # budgets of the contest test, in nats
 LAMBDAS = np.geomspace(0.03, 5, 160)
+CSR = 0.95  # that the contest test asks of the soft Lagrangian
 
-
-class Outcome(NamedTuple):
-    """Means over prompts of a policy on chains."""
-
-    accuracy: float
-    csr: float
-    cost: float
+Outcome = namedtuple("Outcome", "accuracy csr cost")  # means over prompts
 
 
 def outcome(a: np.ndarray, p: np.ndarray, budget: float) -> Outcome:
     """Accuracy, CSR at `budget`, and mean cost in nats of the policies a."""
     nats = bernoulli_kl(a, p)
-    spent = nats.cumsum(axis=1)
+    spent, right = nats.cumsum(axis=1), a.prod(axis=1)
     reached = np.concatenate([np.ones((len(a), 1)), a[:, :-1].cumprod(axis=1)], axis=1)
-    right = a.prod(axis=1)
     over = (reached * (1 - a) * (spent > budget + 1e-9)).sum(axis=1) + right * (spent[:, -1] > budget + 1e-9)
     return Outcome(right.mean(), 1 - over.mean(), (reached * nats).sum(axis=1).mean())
 
@@ -46,17 +41,16 @@ def soft_optimum(p: np.ndarray, lam: float) -> np.ndarray:
     return a
 
 
+@np.errstate(divide="ignore", invalid="ignore")
 def budgeted_optimum(p: np.ndarray, budget: float) -> np.ndarray:
     """max prod a_i subject to sum_i kl(a_i || p_i) <= d: 1 / a_i = mu (logit a_i - logit p_i), mu by bisection."""
-    with np.errstate(divide="ignore"):
-        logit = np.log(p) - np.log1p(-p)
+    logit = np.log(p) - np.log1p(-p)
 
     def policy(mu: np.ndarray) -> np.ndarray:
-        low, high = p.copy(), np.ones_like(p)
+        low, high = p, np.ones_like(p)
         for _ in range(50):
             a = (low + high) / 2
-            with np.errstate(divide="ignore", invalid="ignore"):
-                more = 1 / a > mu[:, None] * (np.log(a) - np.log1p(-a) - logit)
+            more = 1 / a > mu[:, None] * (np.log(a) - np.log1p(-a) - logit)
             low, high = np.where(more, a, low), np.where(more, high, a)
         return np.where(p == 1, 1.0, low)
 
@@ -69,59 +63,45 @@ def budgeted_optimum(p: np.ndarray, budget: float) -> np.ndarray:
     return np.where(free[:, None], 1.0, policy(np.exp(high)))
 
 
-def contest(p: np.ndarray, budgets: list[float], csr: float = 0.95) -> pd.DataFrame:
+def contest(p: np.ndarray, budgets: tuple[float, ...]) -> pd.DataFrame:
     """The contest test: at each budget the teacher's accuracy, the budgeted optimum's, that of the best soft Lagrangian
-    which meets `csr`, its lambda, the gap between them, and the ceiling of every method."""
-    rows = []
+    which meets `CSR`, its lambda, the gap between them, and the ceiling of every method."""
+    rows, q = [], p.prod(axis=1)
     for budget in budgets:
         best = outcome(budgeted_optimum(p, budget), p, budget).accuracy
         found = [(outcome(soft_optimum(p, lam), p, budget), lam) for lam in LAMBDAS]
-        soft, lam = max((one for one in found if one[0].csr >= csr), key=lambda one: one[0].accuracy)
-        ceiling = spend(budget, p.prod(axis=1)).mean()
-        rows.append((budget, p.prod(axis=1).mean(), best, soft.accuracy, lam, best - soft.accuracy, ceiling))
+        soft, lam = max((one for one in found if one[0].csr >= CSR), key=lambda one: one[0].accuracy)
+        rows.append((budget, q.mean(), best, soft.accuracy, lam, best - soft.accuracy, spend(budget, q).mean()))
     return pd.DataFrame(rows, columns=["budget", "teacher", "budgeted", "soft", "soft_lambda", "gap", "ceiling"])
 
 
-def by_design(slips: dict[str, float], steps: list[int]) -> np.ndarray:
-    """p of a teacher that has learnt its solutions perfectly: a row per name and number of steps."""
-    return chains([[1 - slip] * count for slip in slips.values() for count in steps])
-
-
-def chains(rows: list[list[float]]) -> np.ndarray:
-    """Rows of different lengths as (N, K), filled with 1."""
-    return np.array([[*row, *[1.0] * (max(map(len, rows)) - len(row))] for row in rows])
+def by_design(slips: Collection[float], steps: list[int]) -> np.ndarray:
+    """p of a teacher that has learnt its solutions perfectly: a row per name's slips and number of steps."""
+    return np.array([np.where(np.arange(max(steps)) < count, 1 - slip, 1.0) for slip in slips for count in steps])
 
 
 def measured(exact: pd.DataFrame) -> np.ndarray:
-    """p of the trained teacher, from the gathered tables `exact.csv` of the runs.
-
-    Raises:
-        ValueError: the teacher was not measured.
-    """
+    """p of the trained teacher, from the gathered tables `exact.csv` of the runs. Raises `ValueError` if it was not
+    measured."""
     own = exact[exact["run"] == TEACHER]
     if own.empty:
         raise ValueError(f"What a budget can buy is computed from the run {TEACHER!r}: keep it in experiments.yaml.")
     return own.filter(like="step_").fillna(1.0).to_numpy()
 
 
-def contests(p: np.ndarray, slips: dict[str, float], steps: list[int]) -> pd.DataFrame:
+def contests(p: np.ndarray, slips: Collection[float], steps: list[int]) -> pd.DataFrame:
     """The contest test of the experiment as `measured` (p) and by design, and of two in which nobody can win: prompts
     that are all alike, and a careful teacher."""
-    experiments = {
-        "measured": p,
-        "design": by_design(slips, steps),
-        "one kind of prompt": by_design({"anyone": 0.25}, [3]),
-        "careful": by_design(dict.fromkeys(slips, 0.01), steps),
-    }
-    tables = [contest(given, TESTED).assign(experiment=name) for name, given in experiments.items()]
-    table = pd.concat(tables, ignore_index=True)
-    return table[["experiment", *table.columns.drop("experiment")]]
+    given = {"measured": p, "design": by_design(slips, steps), "one kind of prompt": by_design([0.25], [3])}
+    given["careful"] = by_design([0.01] * len(slips), steps)
+    tables = {name: contest(chances, TESTED) for name, chances in given.items()}
+    return pd.concat(tables, names=["experiment"]).reset_index(level=0)
 
 
 def prices(p: np.ndarray) -> pd.DataFrame:
     """What each budget buys: the ceiling with its 95 % interval over prompts, and both optima on chains. The pass rates
     are exact, so that the mean has no sampling bias (`cmdp.ceiling.price_list`)."""
-    table = contest(p, BUDGETS).drop(columns=["teacher", "gap"])
+    table = contest(p, BUDGETS)
     ends = [bounds(bootstrap(spend(budget, p.prod(axis=1))[None])) for budget in table["budget"]]
     table["low"], table["high"] = zip(*ends, strict=True)
     return table[["budget", "ceiling", "low", "high", "budgeted", "soft", "soft_lambda"]]
@@ -138,13 +118,12 @@ def accounts(completions: pd.DataFrame, budgets: dict[str, float]) -> pd.DataFra
     q = cells(by_run[TEACHER], "right").mean(axis=0)
     for run in [run for run in by_run if run in budgets]:
         table = with_budget(by_run[run], budgets[run])
-        a, cost = cells(table, "right"), cells(table, "cost")
-        found = account(a, np.broadcast_to(q, a.shape), cost)
-        accuracy, ceiling = interval(a), at_mean_cost(q, found["cost"])
-        row = {"run": run, "budget": budgets[run], **dict(zip(("accuracy", "low", "high"), accuracy, strict=True))}
-        row |= {"cost": found["cost"], "ceiling": ceiling, "share": accuracy[0] / ceiling}
-        row |= {name: found[name] for name in ("useful", "wasted")} | {"csr": table["satisfied"].mean()}
-        rows.append(row | {"seeds": len(a)})
+        a, row = cells(table, "right"), {"run": run, "budget": budgets[run]}
+        row["accuracy"], row["low"], row["high"] = interval(a)
+        found = account(a, np.broadcast_to(q, a.shape), cells(table, "cost"))
+        most = at_mean_cost(q, found["cost"])
+        row |= {"cost": found["cost"], "ceiling": most, "share": row["accuracy"] / most, "useful": found["useful"]}
+        rows.append(row | {"wasted": found["wasted"], "csr": table["satisfied"].mean(), "seeds": len(a)})
     return pd.DataFrame(rows)
 
 

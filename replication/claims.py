@@ -1,16 +1,11 @@
 """A verdict for each of the paper's claims (method, section 9) and for two of ours, computed from results files.
 
-The subject is the paper's reward at its best settings, `best.subject` of results/chosen.yaml. claims.yaml says what is
-compared on which measure and in which words; a small function judges. Differences are paired over seeds and prompts;
-the verdicts on the paper's claims share the 5 % (Bonferroni), ours take the intervals of `tables.equal_csr`. A gain is
-
-- replicated, where its interval lies above zero, though perhaps below the published figure;
-- not replicated, where its interval does not, and excludes the published figure;
-- inconclusive otherwise.
-
-A bootstrap over three seeds is narrow: read a verdict that hangs on a bound's last point as inconclusive.
+claims.yaml says what is compared on which measure and in which words; a small function judges, by `gain` where it can.
+Differences are paired over seeds and prompts; the verdicts on the paper's claims share the 5 % (Bonferroni), ours take
+the intervals of `tables.equal_csr`. docs/study.md says how to read them.
 """
 
+import itertools
 import json
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -23,7 +18,7 @@ import yaml
 from cmdp.statistics import MANY_RESAMPLES, bootstrap, bounds, cells, interval, with_budget
 from cmdp.storage import read_yaml, write_table
 from replication.experiments import EXPERIMENTS, PARAMS, RESULTS, Row, gather, rows
-from replication.tables import MEASURES, by_name, difference, equal_csr, read_completions, soft_lambdas, wins
+from replication.tables import MEASURES, by_name, difference, equal_csr, read_completions, soft_lambdas, spelled, wins
 from replication.tune import ROLES, under_constraint
 
 YES, NO, OPEN, UNTESTED = "replicated", "not replicated", "inconclusive", "not tested at this scale"
@@ -64,25 +59,17 @@ class Study:
 
     def minus(self, run: str, baseline: str, measure: str) -> tuple[float, float, float]:
         """(mean, low, high) of a measure's paired difference."""
-        return difference(self.runs[run], self.runs[baseline], MEASURES[measure], self.level, MANY_RESAMPLES)[:3]
+        return difference(self.runs[run], self.runs[baseline], MEASURES[measure], self.level)[:3]
 
 
-def share(value: tuple[float, float, float], form: str = "{:.1f} % [{:.1f}, {:.1f}]") -> str:
-    """A share with its interval, in per cent."""
-    return form.format(*(100 * number for number in value))
-
-
-points = partial(share, form="{:+.1f} points [{:+.1f}, {:+.1f}]")  # a difference of shares
+share = partial(spelled, unit=" %", spec=".1f")
+points = partial(spelled, unit=" points", spec="+.1f")  # a difference of shares
 
 
 def gain(low: float, high: float, published: float, none: float = 0.0) -> str:
-    """The verdict on a claimed gain of `published`, where `none` is no gain."""
+    """The verdict on a claimed gain of `published`, where `none` is no gain: replicated where the interval lies above
+    none, though perhaps below the published figure; not replicated where it does not, and excludes that figure."""
     return YES if low > none else NO if high < published else OPEN
-
-
-def weakest(verdicts: list[str]) -> str:
-    """The verdict on a claim of which all must hold."""
-    return min(verdicts, key=ORDER)
 
 
 def over_soft(study: Study, claim: dict) -> tuple[str, dict]:
@@ -96,23 +83,21 @@ def at_equal_csr(study: Study, claim: dict) -> tuple[str, dict]:
     runs = {run: study.rows[run] for run in (study.subject, study.ours, *study.lambdas)}
     given = (study.lambdas, study.budget, study.settings["target"], claim["measure"], study.level)
     table = equal_csr(study.completions, runs, *given).set_index("run")
-    found = table.loc[study.subject, ["difference", "low", "high"]]
-    said = {
-        name: points(table.loc[run, [*found.index]]) for name, run in (("found", study.subject), ("ours", study.ours))
-    }
+    found, ours = (table.loc[run, ["difference", "low", "high"]] for run in (study.subject, study.ours))
     csr, place = table.loc[study.subject, ["csr", "place"]]
-    said["csr"] = f"{100 * csr:.1f} %, {place}{' than' * (place != 'within')} the curve"
-    return OPEN if found.isna().any() else gain(found["low"], found["high"], claim["gain"]), said
+    where = f"{100 * csr:.1f} %, {place}{' than' * (place != 'within')} the curve"
+    verdict = OPEN if found.isna().any() else gain(found["low"], found["high"], claim["gain"])
+    return verdict, {"found": points(found), "ours": points(ours), "csr": where}
 
 
 def win_rate(study: Study, claim: dict) -> tuple[str, dict]:
     """Pairwise win rates over each baseline; the weakest verdict counts."""
-    rates = wins(study.completions, claim["baselines"], [study.subject, study.ours], study.level, MANY_RESAMPLES)
-    verdicts, said = [], []
+    pairs = itertools.product((study.subject, study.ours), claim["baselines"])
+    rates, verdicts, said = wins(study.completions, pairs, study.level, MANY_RESAMPLES), [], []
     for run, baseline, *rate in rates[["run", "baseline", "win_rate", "low", "high"]].to_numpy():
         said.append(f"{run}{' (ours)' * (run == study.ours)} over {baseline}: {share(rate)}")
         verdicts += [gain(*rate[1:], 0.5 + claim["gain"] / 2, none=0.5)] if run == study.subject else []
-    return weakest(verdicts), {"rates": "; ".join(said)}
+    return min(verdicts, key=ORDER), {"rates": "; ".join(said)}
 
 
 def at_similar_csr(study: Study, claim: dict) -> tuple[str, dict]:
@@ -130,12 +115,9 @@ def competitive(study: Study, claim: dict) -> tuple[str, dict]:
     chosen = study.trials[(study.trials["chosen"] == 1) & study.trials["run"].isin(claim["baselines"])]
     best = chosen.loc[under_constraint(chosen, study.settings["target"]).idxmax(), "run"]
     loss, ours = (study.minus(run, best, "accuracy") for run in (study.subject, study.ours))
-    beside = "; ".join(
-        f"against {run}: {points(study.minus(study.subject, run, 'accuracy'))}" for run in claim["beside"]
-    )
-    tolerance = study.settings["tolerance"]
-    said = {"found": points(loss), "best": best, "beside": beside, "ours": points(ours)}
-    return gain(*loss[1:], -tolerance, -tolerance), said
+    beside = [f"against {run}: {points(study.minus(study.subject, run, 'accuracy'))}" for run in claim["beside"]]
+    said = {"found": points(loss), "best": best, "beside": "; ".join(beside), "ours": points(ours)}
+    return gain(*loss[1:], -study.settings["tolerance"], -study.settings["tolerance"]), said
 
 
 def same_student(study: Study, claim: dict) -> tuple[str, dict]:
@@ -153,14 +135,9 @@ def no_overhead(study: Study, claim: dict) -> tuple[str, dict]:
 
 def guaranteed(study: Study, claim: dict) -> tuple[str, dict]:
     """The bound on violations holds on token trees, and a trained student keeps the target."""
-    bound, target = (
-        max(found["greatest_p_over_bound"] for found in study.theory["penalty_bound"].values()),
-        claim["measure"],
-    )
-    kept, ours = (
-        interval(cells(study.runs[run], MEASURES[target]), level=study.level, resamples=MANY_RESAMPLES)
-        for run in (study.subject, study.ours)
-    )
+    bound = pd.DataFrame(study.theory["penalty_bound"]).loc["greatest_p_over_bound"].max()
+    runs = (cells(study.runs[run], MEASURES[claim["measure"]]) for run in (study.subject, study.ours))
+    kept, ours = (interval(csr, level=study.level, resamples=MANY_RESAMPLES) for csr in runs)
     target = study.settings["target"]
     verdict = NO if bound > 1 or kept[2] < target else YES if kept[1] >= target else OPEN
     said = {"keep": "keep" if bound <= 1 else "break", "bound": bound, "kept": share(kept), "ours": share(ours)}
@@ -191,57 +168,49 @@ def careful_tuning(study: Study, claim: dict) -> tuple[str, dict]:
         own = study.trials[study.trials["run"] == study.subject] if role == "subject" else study.trials
         own = under_constraint(own[own["method"] == method], study.settings["target"])
         works = own >= max((1 - study.settings["near"]) * own.max(), 0)
-        parts[role], said[role] = works.mean(), f"{works.sum()} of {len(own)}"
+        parts[role], said[f"{role}_works"] = works.mean(), f"{works.sum()} of {len(own)}"
     trial = 1 / study.trials["run"].value_counts()[study.subject]
     verdict = NO if parts["subject"] >= parts["soft"] else YES if parts["subject"] + trial <= parts["soft"] else OPEN
-    return verdict, {f"{role}_works": text for role, text in said.items()}
+    return verdict, said
 
 
 def at_budgets(study: Study, claim: dict) -> tuple[str, dict]:
     """At `every` budget it keeps the target and loses no accuracy, beyond the tolerance, to the soft Lagrangian at
     equal CSR; or else it is more accurate at one or more."""
     own = study.equal[study.equal["method"] == study.ours].sort_values("budget")
-    target, tolerance, said, kept, level, better = study.settings["target"], study.settings["tolerance"], [], [], [], []
+    target, tolerance, said, every, better = study.settings["target"], study.settings["tolerance"], [], [], []
     for row in own.itertuples():
-        kept.append(gain(row.csr_low, row.csr_high, target, target))
-        level.append(gain(row.low, row.high, -tolerance, -tolerance))
+        every += [gain(row.csr_low, row.csr_high, target, target), gain(row.low, row.high, -tolerance, -tolerance)]
         better.append(gain(row.low, row.high, 0.0))
         csr, found = share((row.csr, row.csr_low, row.csr_high)), points((row.difference, row.low, row.high))
-        single = points((row.target_difference, row.target_low, row.target_high))
-        said.append(
-            f"{row.budget:g} nats: CSR {csr}, at equal CSR {found}, against lambda {row.soft_lambda:g} {single}"
-        )
-    verdict = weakest(kept + level) if claim["every"] else max(better, key=ORDER)
+        single = f"lambda {row.soft_lambda:g} {points((row.target_difference, row.target_low, row.target_high))}"
+        said.append(f"{row.budget:g} nats: CSR {csr}, at equal CSR {found}, against {single}")
+    verdict = min(every, key=ORDER) if claim["every"] else max(better, key=ORDER)
     return SUPPORTED[verdict], {"budgets": "; ".join(said)}
 
 
 _JUDGES = (over_soft, at_equal_csr, win_rate, at_similar_csr, competitive, same_student, no_overhead, guaranteed)
-_JUDGES += (degrades, careful_tuning, at_budgets)
-JUDGES = {judge.__name__: judge for judge in _JUDGES}
-
-
-def conditions(study: Study) -> dict[str, str]:
-    """What fills the braces in the claims' conditions and evidence, beside what each judge found."""
-    given, size = study.settings, study.times.set_index("run")["parameters"][study.subject].min()
-    seeds, trials = study.runs[study.subject]["seed"].nunique(), study.trials["run"].value_counts()[study.subject]
-    scale, budget = f"arithmetic, a student of {size:,} parameters, {seeds} seeds", f"{study.budget:g}"
-    own = {"soft": study.soft, "subject": study.subject, "variant": study.ours, "scale": scale, "budget": budget}
-    own["at"] = f"{scale}, budget {budget} nats"
-    own["tuned"] = f"{own['at']}; each the best of {trials} trials"
-    shares = {name: f"{100 * value:g}" for name, value in (given | {"near": 1 - given["near"]}).items()}
-    return shares | own | {"turns": study.benchmark["repeats"].iloc[0]}
+JUDGES = {judge.__name__: judge for judge in (*_JUDGES, degrades, careful_tuning, at_budgets)}
 
 
 def judge(study: Study, claims: list[dict] = CLAIMS) -> pd.DataFrame:
-    """The verdicts, a row each. Raises `ValueError` where a run they need is missing."""
+    """The verdicts, a row each; the words of claims.yaml are filled with what the study is and what each judge found.
+    Raises `ValueError` where a run they need is missing."""
     needed = [study.subject, study.ours, study.soft, *(run for claim in claims for run in claim.get("baselines", []))]
     if missing := [name for name in dict.fromkeys(needed) if name not in set(study.completions["run"])]:
         raise ValueError(f"The verdicts need the runs {missing}: run the study first (`make study`).")
-    said, found = conditions(study), []
+    given, trials = study.settings, study.trials["run"].value_counts()[study.subject]
+    size = study.times.set_index("run")["parameters"][study.subject].min()
+    scale = f"arithmetic, a student of {size:,} parameters, {study.runs[study.subject]['seed'].nunique()} seeds"
+    at = f"{scale}, budget {study.budget:g} nats"
+    said = {name: f"{100 * value:g}" for name, value in (given | {"near": 1 - given["near"]}).items()}
+    said |= {"soft": study.soft, "subject": study.subject, "variant": study.ours, "budget": f"{study.budget:g}"}
+    said |= {"scale": scale, "at": at, "tuned": f"{at}; each the best of {trials} trials"}
+    said["turns"], found = study.benchmark["repeats"].iloc[0], []
     for claim in claims:
         verdict, values = JUDGES[claim["judge"]](study, claim) if "judge" in claim else (UNTESTED, {})
         words = {name: claim[name].format_map(said | values) for name in ("evidence", "conditions")}
-        found.append({**{name: claim[name] for name in ("id", "claim", "published")}, "verdict": verdict, **words})
+        found.append({name: claim[name] for name in ("id", "claim", "published")} | {"verdict": verdict} | words)
     return pd.DataFrame(found)
 
 

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from cmdp.storage import check_names, read, read_yaml, write_text
 
 EXPERIMENTS, PARAMS = Path("experiments.yaml"), Path("params.yaml")
-RESULTS, FIGURES, MODELS = Path("results"), Path("figures"), Path("models")
+RESULTS, FIGURES = Path("results"), Path("figures")
 START, CHOSEN = RESULTS / "start", RESULTS / "chosen.yaml"
 # What a run of the study keeps of each completion; a default run keeps every column of `evaluation`.
 COLUMNS = ["seed", "prompt", "decoding", "correct", "valid", "tokens", "entropy", "cost", "peak"]
@@ -51,7 +51,7 @@ def sections(path: Path, *names: str) -> list[dict]:
 
 def rows(path: Path = EXPERIMENTS, part: str | None = None) -> dict[str, Row]:
     """The runs by key, of one `part` or all. Raises `ValueError` for an unknown field, or a name's seed given twice."""
-    found = {}
+    found, seen = {}, {}
     for key, fields in sections(path, "runs")[0].items():
         if not isinstance(fields, dict) or not {"method", "seeds"} <= set(fields):
             raise ValueError(f"{path}: run {key} needs a method and seeds.")
@@ -59,12 +59,9 @@ def rows(path: Path = EXPERIMENTS, part: str | None = None) -> dict[str, Row]:
             raise ValueError(f"{path}: run {key} has unknown fields {unknown}: use {sorted(Row.__dataclass_fields__)}.")
         name = fields.get("name", key)
         found[key] = Row(**fields | {"key": key, "name": name, "tuned": fields.get("tuned", name)})
-    seen: dict[tuple[str, int], str] = {}
-    for row in found.values():
-        for seed in row.seeds:
-            if other := seen.get((row.name, seed)):
-                raise ValueError(f"{path}: runs {other} and {row.key} both train {row.name} with seed {seed}.")
-            seen[row.name, seed] = row.key
+        for seed in found[key].seeds:
+            if (other := seen.setdefault((name, seed), key)) != key:
+                raise ValueError(f"{path}: runs {other} and {key} both train {name} with seed {seed}.")
     return {key: row for key, row in found.items() if part in (None, row.part)}
 
 

@@ -1,9 +1,7 @@
-"""Figures of the default experiment and of the study, from results files alone: SVG and PNG, readable in print and by
-the colour-blind. plots.yaml has their looks and words.
+"""Figures of the default experiment and of the study, from results files alone; plots.yaml has their looks and words.
 
-A run has one colour and one marker throughout, those of its method; the soft Lagrangians share a hue, darker with
-lambda. Methods that know the budget have dashed lines and black edges. Runs that were not made are left out. Bars are
-95 % intervals; those of differences hold for all runs of a panel at once.
+A run looks like its method in all of them; the soft Lagrangians share a hue, darker with lambda. Methods that know the
+budget have dashed lines and black edges. Bars are 95 % intervals; those of differences hold for all runs of a panel.
 """
 
 import itertools
@@ -28,9 +26,7 @@ PALETTE = sns.color_palette("colorblind")
 STYLES, TEXTS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")).values()
 SOFT = "gkd-grpo"
 OUTLINED = ("trl-grpo", "trl-gkd")  # drawn as outlines: they come close to grpo and gkd
-STARTS = ("student-third", "student", "teacher")  # that the methods distil, in the order of size
 TRACED = ("sft", "grpo", "gkd", "cmdp", "cmdp-hinge", "cmdp-chance", "dual")  # where all would be too many
-ENDS = {"mean": "", "low": "_low", "high": "_high"}
 FEW = 30  # completions: a share of fewer is not drawn
 EDGE = {"markeredgecolor": "black", "markeredgewidth": 1.2}
 DASHED = {"color": "black", "linestyle": "--", "linewidth": 1}
@@ -38,20 +34,18 @@ Look = namedtuple("Look", "colour marker line method")
 Style = dict[str, Look]
 
 
-def looks(table: dict[str, Row], lambdas: dict[str, float]) -> Style:
-    """How each run is drawn, in the order of the legends: by its method, the soft Lagrangians of `lambdas` in their
-    order; a run at another budget, at other settings or of another start as the run that it changes."""
-    runs, found = by_name(table), {}
-    methods = {name: row for name, row in runs.items() if row.family == "method"}
+def looks(runs: dict[str, Row], lambdas: dict[str, float]) -> Style:
+    """How each run is drawn, by name, in the order of the legends: by its method, the soft Lagrangians of `lambdas` in
+    their order; a run at another budget, at other settings or of another start as the run that it changes."""
+    methods, found = [name for name, row in runs.items() if row.family == "method"], {}
+    students = [name for name in methods if runs[name].start != "teacher"]
     for method, variants in STYLES.items():
-        own, line = [name for name, row in methods.items() if row.method == method], "--"
-        if method in BUDGET_FREE:
-            own, line = [name for name in own if methods[name].start != "teacher"], "-"
+        own, line = [name for name in students if runs[name].method == method], "-" if method in BUDGET_FREE else "--"
         if method == SOFT:
             own, (hue, marker) = [*lambdas], variants[0]
             variants = [(colour, marker) for colour in sns.light_palette(hue, len(own) + 2)[2:]]
         found |= {name: Look(*look, line, method) for name, look in zip(own, itertools.cycle(variants), strict=False)}
-    found |= {name: Look("black", "*", "-", "sft") for name, row in methods.items() if row.start == "teacher"}
+    found |= {name: Look("black", "*", "-", "sft") for name in methods if name not in students}
     of = {name: row.tuned for name, row in runs.items()} | shown_as(runs)
     return found | {name: found[other] for name, other in of.items() if other in found and name not in found}
 
@@ -72,34 +66,34 @@ def draw(subject: str, results: Path = RESULTS, folder: Path = FIGURES) -> None:
 
 def figures(subject: str, results: Path) -> dict[str, plt.Figure]:
     """The figures of `subject`, default or study, by name."""
+
+    def read(name: str) -> pd.DataFrame:
+        if not (path := results / f"{name}.csv").is_file():
+            raise FileNotFoundError(f"{path} is missing: run `python -m replication tables` for its part first.")
+        return pd.read_csv(path)
+
     table, budget = by_name(rows()), read_yaml(PARAMS)["budget"]["budget"]
     target, part = read_yaml(EXPERIMENTS)["claims"]["target"], None if subject == "study" else subject
     style = looks(table, soft_lambdas(table, read_yaml(results / "chosen.yaml")["runs"]))
     runs, sampled = by_name(rows(part=part)), read_completions(results, part).query("decoding == 'sampled'")
-    drawn = {"ceiling": ceiling(kept(sampled, runs, target), _read(results / "prices.csv"), style, budget, target)}
+    first = ceiling(kept(sampled, runs, target), read("prices"), style, budget, target)
     if subject == "default":
-        return drawn | {
+        return {
+            "ceiling": first,
             "frontier": frontier(points_by_budget(sampled, runs, budget), style, target),
-            "cost_by_position": cost_by_position(_read(results / "positions.csv"), style, budget),
+            "cost_by_position": cost_by_position(read("positions"), style, budget),
             "cost_distribution": cost_distribution(sampled, style, budget, target),
-            "training": training(_read(results / "curves.csv"), style),
+            "training": training(read("curves"), style),
         }
-    names = ("ablations", "equal_csr", "frontier", "summary", "violation")
-    tables = {name: _read(results / "study" / f"{name}.csv") for name in names}
-    return drawn | {
-        "frontier": frontier(tables["frontier"], style, target),
-        "equal_csr": equal_csr(tables["equal_csr"], style),
-        "nats": nats(_read(results / "ceiling.csv"), style, runs),
-        "ablations": ablations(tables["ablations"], style, runs),
-        "capacity": capacity(tables["summary"], style, runs, target),
-        "violation": violation(tables["violation"], style),
+    return {
+        "ceiling": first,
+        "frontier": frontier(read("study/frontier"), style, target),
+        "equal_csr": equal_csr(read("study/equal_csr"), style),
+        "nats": nats(read("ceiling"), style, runs),
+        "ablations": ablations(read("study/ablations"), style, runs),
+        "capacity": capacity(read("study/summary"), style, runs, target),
+        "violation": violation(read("study/violation"), style),
     }
-
-
-def _read(path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: run `python -m replication tables` for its part first.")
-    return pd.read_csv(path)
 
 
 def save(figure: plt.Figure, folder: Path, name: str) -> None:
@@ -124,14 +118,14 @@ def kept(sampled: pd.DataFrame, runs: dict[str, Row], target: float) -> pd.DataF
 
 def ceiling(table: pd.DataFrame, prices: pd.DataFrame, style: Style, budget: float, target: float) -> plt.Figure:
     """Accuracy against nats: the ceiling of every method, both exact optima, and the trained students of `kept`."""
-    words = {"share": f"{100 * target:g} %"}
-    figure, panels = _panels("ceiling", words)
-    axes, lines = panels["accuracy"], TEXTS["ceiling"]["lines"]
+    share, texts = f"{100 * target:g} %", TEXTS["ceiling"]
+    figure, panels = _panels("ceiling", below=texts["below"].format(share=share))
+    axes = panels["accuracy"]
     axes.fill_between(prices["budget"], prices["low"], prices["high"], color="0.6", alpha=0.35, linewidth=0)
     axes.fill_between(prices["budget"], prices["soft"], prices["budgeted"], color=PALETTE[8], alpha=0.3, linewidth=0)
-    for (name, text), dash in zip(lines.items(), ("-", "--", "--"), strict=True):
+    for (name, text), dash in zip(texts["lines"].items(), ("-", "--", "--"), strict=True):
         colour = STYLES[SOFT][0][0] if name == "soft" else "black"
-        axes.plot(prices["budget"], prices[name], dash, color=colour, linewidth=1.3, label=text.format_map(words))
+        axes.plot(prices["budget"], prices[name], dash, color=colour, linewidth=1.3, label=text.format(share=share))
     _soft(axes, table.set_index("method"), "nats", "accuracy", style)
     for run, look, own in _by_run(table, style, "method"):
         own = own.sort_values("nats")
@@ -156,10 +150,9 @@ def nats(table: pd.DataFrame, style: Style, runs: dict[str, Row]) -> plt.Figure:
     axes, place = panels["nats"], np.arange(len(shown))
     bars = {"height": 0.66, "edgecolor": "black", "linewidth": 0.5}
     axes.barh(place, table["useful"], color=[style[run].colour for run in shown], **bars)
-    axes.barh(place, table["wasted"], left=table["useful"], color="white", hatch="////", **bars)
-    for at, (_, row) in zip(place, table.iterrows(), strict=True):
-        text = f"  {100 * row['accuracy']:.0f} % of at most {100 * row['ceiling']:.0f} %"
-        axes.text(row["cost"], at, text, va="center", fontsize="small")
+    wasted = axes.barh(place, table["wasted"], left=table["useful"], color="white", hatch="////", **bars)
+    texts = [f"{100 * row.accuracy:.0f} % of at most {100 * row.ceiling:.0f} %" for row in table.itertuples()]
+    axes.bar_label(wasted, texts, padding=5, fontsize="small")
     axes.set_yticks(place, shown)
     axes.set(ylim=(len(shown) - 0.4, -0.6), xlim=(0, 1.3 * table["cost"].max()))
     axes.xaxis.set_major_locator(MaxNLocator(7))
@@ -239,21 +232,20 @@ def capacity(summary: pd.DataFrame, style: Style, runs: dict[str, Row], target: 
     one, and the teacher distilled into itself."""
     tuned = {row.tuned for row in runs.values() if row.family == "capacity"}
     shown = [name for name, row in runs.items() if row.tuned in tuned and not row.settings and name != "teacher"]
-    about = {"index": ["run", "tuned", "start"], "columns": "measure", "values": [*ENDS]}
+    about = {"index": ["run", "tuned", "start"], "columns": "measure", "values": ["mean", "low", "high"]}
     table = summary[summary["run"].isin(shown)].pivot(**about)
-    table.columns = [measure + ENDS[end] for end, measure in table.columns]
+    table.columns = [f"{measure}_{end}".removesuffix("_mean") for end, measure in table.columns]
     table = table.reset_index().rename(columns={"tuned": "method", "start": "panel"})
     table["trained_at"] = [None if runs[run].method in BUDGET_FREE else 1 for run in table["run"]]
-    panels = {start: TEXTS["capacity"]["starts"][start] for start in STARTS if start in {"student", *table["panel"]}}
-    return _plane("capacity", table, panels, style, target)
+    starts, there = TEXTS["capacity"]["starts"], {"student", *table["panel"]}
+    return _plane("capacity", table, {start: starts[start] for start in starts if start in there}, style, target)
 
 
 def _plane(name: str, table: pd.DataFrame, titles: dict, style: Style, target: float) -> plt.Figure:
     """Accuracy against CSR in the panels `titles` of column `panel`, a point per `method`."""
-    size = (max(7.4, 3.2 * len(titles) + 0.8), 4.8)
-    figure, panels = _panels(name, panels=titles, columns=len(titles), size=size)
-    for title in titles:
-        axes, part = panels[title], table[table["panel"] == title]
+    figure, panels = _panels(name, panels=titles, size=(max(7.4, 3.2 * len(titles) + 0.8), 4.8))
+    for title, axes in panels.items():
+        part = table[table["panel"] == title]
         _soft(axes, part.set_index("method"), "csr", "accuracy", style)
         for run, look, own in _by_run(part, style, "method"):
             if look.method != SOFT:
@@ -271,7 +263,7 @@ def equal_csr(table: pd.DataFrame, style: Style) -> plt.Figure:
     at the right: hollow where it is stricter than every lambda, no point where it is looser."""
     labels = [method for method in style if method in set(table["method"])]
     budgets = {budget: f"trained for {budget:g} nats" for budget in sorted(table["budget"].unique())}
-    figure, panels = _forest("equal_csr", budgets, dict.fromkeys(labels), columns=len(budgets))
+    figure, panels = _forest("equal_csr", budgets, dict.fromkeys(labels))
     for budget, axes in panels.items():
         for method, look, own in _by_run(table[table["budget"] == budget], style, "method"):
             row, place = own.iloc[0], labels.index(method)
@@ -290,7 +282,7 @@ def ablations(table: pd.DataFrame, style: Style, runs: dict[str, Row]) -> plt.Fi
         places[method] = len(labels)
         for run in (method, *own["run"].unique()):
             labels[run] = ", ".join(f"{key}: {value}" for key, value in runs[run].settings.items()) or run
-    figure, panels = _forest("ablations", {name: COMPARED[name] for name in ("accuracy", "csr")}, labels, columns=2)
+    figure, panels = _forest("ablations", {name: COMPARED[name] for name in ("accuracy", "csr")}, labels)
     for measure, axes in panels.items():
         for run, look, own in _by_run(table[table["measure"] == measure], style):
             _point(axes, run, look, 100 * own[["difference", "low", "high"]].T, [*labels].index(run))
@@ -300,10 +292,9 @@ def ablations(table: pd.DataFrame, style: Style, runs: dict[str, Row]) -> plt.Fi
     return figure
 
 
-def _forest(name: str, titles: dict, labels: dict, columns: int) -> tuple[plt.Figure, dict[str, plt.Axes]]:
+def _forest(name: str, titles: dict, labels: dict) -> tuple[plt.Figure, dict[str, plt.Axes]]:
     """Panels of differences in points, with a row per run of `labels` (its own name where it has none)."""
-    size = (2.4 + 2.2 * columns, 0.3 * len(labels) + 1.5)
-    figure, panels = _panels(name, panels=titles, columns=columns, size=size)
+    figure, panels = _panels(name, panels=titles, size=(2.4 + 2.2 * len(titles), 0.3 * len(labels) + 1.5))
     for axes in panels.values():
         axes.axvline(0, color="black", linewidth=1, zorder=1)
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
@@ -342,17 +333,15 @@ def _by_run(table: pd.DataFrame, style: Style, column: str = "run") -> Iterator[
     return ((run, look, groups[run]) for run, look in style.items() if run in groups)
 
 
-def _panels(name: str, words: dict | None = None, **changes) -> tuple[plt.Figure, dict[str, plt.Axes]]:
-    """The figure `name` of plots.yaml, with `changes` to what stands there and `words` in it, and its panels, of shares
-    in per cent."""
-    about = {"below": "", "share": {}, "columns": 1} | TEXTS[name] | changes
-    titles, columns = about["panels"], about["columns"]
-    shape = {"nrows": -(-len(titles) // columns), "ncols": columns, "figsize": about["size"], "squeeze": False}
-    figure, grid = plt.subplots(**shape, **about["share"], layout="constrained")
-    figure.suptitle(about["question"].format_map(words or {}), x=0.01, ha="left", fontweight="bold", fontsize="medium")
-    figure.supxlabel(about["below"].format_map(words or {}), fontsize="medium")
+def _panels(name: str, **changes) -> tuple[plt.Figure, dict[str, plt.Axes]]:
+    """The figure `name` of plots.yaml, with `changes` to it, and its panels side by side, of shares in per cent."""
+    about = {"below": "", "share": {}} | TEXTS[name] | changes
+    titles, size = about["panels"], about["size"]
+    figure, (row,) = plt.subplots(1, len(titles), figsize=size, squeeze=False, **about["share"], layout="constrained")
+    figure.suptitle(about["question"], x=0.01, ha="left", fontweight="bold", fontsize="medium")
+    figure.supxlabel(about["below"], fontsize="medium")
     figure.get_layout_engine().set(h_pad=0.07)
-    panels = dict(zip(titles, grid.flat, strict=True))
+    panels = dict(zip(titles, row, strict=True))
     for shown, axes in panels.items():
         axes.set_title(titles[shown], loc="left", fontsize="medium")
         _percent(axes.yaxis)

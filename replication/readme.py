@@ -9,12 +9,13 @@ import pandas as pd
 
 from cmdp.storage import read_yaml, write_text
 from replication.experiments import RESULTS, gather, rows
+from replication.tables import spelled
 from replication.theory import OURS
-from replication.theory.tables import percent, sampled_learners
+from replication.theory import tables as theory
 
 COLUMNS = {"accuracy": "accuracy (%)", "csr": "CSR (%)", "accuracy_within": "accuracy within budget (%)"}
 COLUMNS |= {"greedy_accuracy": "greedy accuracy (%)", "cost": "mean cost (nats)"}
-DIGITS = {"cost": 2, "kl_per_token": 3}  # after the point; else 1
+SPECS = {"cost": "z.2f", "kl_per_token": "z.3f"}  # of numbers; else z.1f
 CONTESTS = {"measured": "this one, as trained", "design": "this one, as designed", "careful": "a careful teacher"}
 
 
@@ -40,74 +41,63 @@ def filled(path: Path, results: Path = RESULTS) -> str:
     return text
 
 
-def markdown(columns: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *lines))
+def markdown(table: pd.DataFrame, titles: dict[str, str]) -> str:
+    """The columns `titles` of a table in Markdown: texts as they are, shares in per cent."""
+    shown = table[[*titles]].map(lambda value: value if isinstance(value, str) else f"{100 * value:z.1f}")
+    lines = titles.values(), ["---"] * len(titles), *shown.to_numpy()
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def cell(row: pd.Series, scale: int = 100, digits: int = 1) -> str:
-    """A mean with its interval: `97.1 [96.5, 97.6]`."""
-    mean, low, high = (f"{scale * row[name]:z.{digits}f}" for name in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
-
-
-def compared(row: pd.Series, before: str = "") -> str:
-    """A difference of shares in points with its interval: `+4.5 [+2.9, +6.1]`; the columns begin with `before`."""
-    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * row[f"{before}{end}"] for end in ("difference", "low", "high")))
-
-
-def percents(row: pd.Series, *names) -> list[str]:
-    """Shares in per cent."""
-    return [f"{100 * row[name]:z.1f}" for name in names]
+def gains(table: pd.DataFrame, before: str = "") -> pd.Series:
+    """Differences of shares in points with their intervals: `+4.5 [+2.9, +6.1]`; the columns begin with `before`."""
+    values = table[[f"{before}{end}" for end in ("difference", "low", "high")]].to_numpy()
+    return pd.Series([spelled(value, spec="+.1f") for value in values], table.index)
 
 
 def wide(table: pd.DataFrame, index: str, columns: str, value: str = "mean") -> pd.DataFrame:
     """A long table of shares laid out for reading, in its own order: per cent, with intervals in brackets."""
-    shown = table.assign(mean=table[value]).apply(cell, axis=1)
-    laid_out = table.assign(shown=shown).pivot(index=index, columns=columns, values="shown")
+    shown = table.assign(shown=[spelled(row) for row in table[[value, "low", "high"]].to_numpy()])
+    laid_out = shown.pivot(index=index, columns=columns, values="shown")
     return laid_out.loc[table[index].unique(), table[columns].unique()].fillna("")
 
 
 def measures_table(summary: pd.DataFrame, columns: dict[str, str], before: tuple[str, ...] = ()) -> str:
     """A row per run: its `before` columns, and each measure of `columns` with its interval, or - where it has none."""
-    shown = summary[summary["measure"].isin(columns)].copy()
-    units = [(100 if "%" in columns[name] else 1, DIGITS.get(name, 1)) for name in shown["measure"]]
-    shown["shown"] = [cell(row, *unit) for (_, row), unit in zip(shown.iterrows(), units, strict=True)]
-    wide = shown.pivot(index="run", columns="measure", values="shown").reindex(columns=columns).fillna("-")
-    wide = shown.groupby("run", sort=False)[list(before)].first().astype(str).join(wide)
-    return markdown(["run", *before, *columns.values()], wide.reset_index().to_numpy().tolist())
-
-
-def results_table(summary: pd.DataFrame) -> str:
-    """An experiment's summary: a row per run, mean with its 95 % interval."""
-    note = "Held-out prompts, sampled at temperature 1 unless greedy; {} seeds; in brackets 95 % bootstrap intervals."
-    return f"{measures_table(summary, COLUMNS)}\n\n{note.format(summary['seeds'].max())}"
+    shown = summary[summary["measure"].isin(columns)]
+    values = shown[["measure", "mean", "low", "high"]].to_numpy()
+    texts = [spelled(v, spec=SPECS.get(name, "z.1f"), scale=100 if "%" in columns[name] else 1) for name, *v in values]
+    wide = shown.assign(text=texts).pivot(index="run", columns="measure", values="text").reindex(columns=columns)
+    table = shown.groupby("run", sort=False)[list(before)].first().astype(str).join(wide.fillna("-"))
+    return markdown(table.reset_index(), {name: name for name in ("run", *before)} | columns)
 
 
 def default_table(results: Path) -> str:
-    """The default experiment's summary, with the sizes of its models."""
+    """The default experiment's summary: a row per run, mean with its 95 % interval, and the sizes of its models."""
+    summary = pd.read_csv(results / "summary.csv")
     sizes = gather("times", rows(), results / "runs").drop_duplicates("run").set_index("run")["parameters"]
-    table = results_table(pd.read_csv(results / "summary.csv"))
-    return f"{table} The student has {sizes['sft']:,} parameters, the teacher {sizes['teacher']:,}."
+    return (
+        f"{measures_table(summary, COLUMNS)}\n\nHeld-out prompts, sampled at temperature 1 unless greedy; "
+        f"{summary['seeds'].max()} seeds; in brackets 95 % bootstrap intervals. "
+        f"The student has {sizes['sft']:,} parameters, the teacher {sizes['teacher']:,}."
+    )
 
 
 def gain_table(results: Path) -> str:
     """Our constrained method at each budget: what it gained over the soft Lagrangian, and what there was to gain."""
     ours, table = read_yaml(results / "chosen.yaml")["best"]["ours"], pd.read_csv(results / "study" / "equal_csr.csv")
     exact = pd.read_csv(results / "contest.csv").query("experiment == 'measured'").set_index("budget")["gap"]
-    lines = [
-        [f"{row['budget']:g} nats", *percents(row, "csr", "accuracy"), compared(row), *percents(exact, row["budget"])]
-        for _, row in table[table["method"] == ours].sort_values("budget").iterrows()
-    ]
-    columns = ["CSR (%)", "accuracy (%)", "points more than the soft Lagrangian at that CSR", "points to be won, exact"]
-    return markdown([f"`{ours}` within", *columns], lines)
+    table = table[table["method"] == ours].sort_values("budget")
+    within, exact = table["budget"].map("{:g} nats".format), table["budget"].map(exact)
+    titles = {"within": f"`{ours}` within", "csr": "CSR (%)", "accuracy": "accuracy (%)"}
+    titles |= {"gain": "points more than the soft Lagrangian at that CSR", "exact": "points to be won, exact"}
+    return markdown(table.assign(within=within, gain=gains(table), exact=exact), titles)
 
 
 def claims_table(results: Path, columns: tuple[str, ...] = ("evidence", "conditions")) -> str:
     """The claims with their verdicts, and with `columns` of results/claims.csv."""
-    claims = pd.read_csv(results / "claims.csv")[["id", "claim", "published", "verdict", *columns]]
-    lines = claims.assign(verdict="**" + claims["verdict"] + "**").to_numpy().tolist()
-    return markdown(["", "claim", "published", "verdict here", *columns], lines)
+    claims = pd.read_csv(results / "claims.csv")
+    titles = {"id": "", "claim": "claim", "published": "published", "verdict": "verdict here"}
+    return markdown(claims.assign(verdict="**" + claims["verdict"] + "**"), titles | {name: name for name in columns})
 
 
 def study_table(results: Path) -> str:
@@ -118,37 +108,36 @@ def study_table(results: Path) -> str:
 
 def contest_table(results: Path) -> str:
     """What a constraint on trajectories can add, exactly: a row per experiment and budget."""
-    table, shares = pd.read_csv(results / "contest.csv"), ["teacher", "ceiling", "budgeted", "soft", "gap"]
-    lines = [
-        [CONTESTS.get(row["experiment"], row["experiment"]), f"{row['budget']:g}", *percents(row, *shares)]
-        for _, row in table.iterrows()
-    ]
-    columns = ["teacher (%)", "ceiling (%)", "budgeted optimum (%)", "best soft Lagrangian (%)", "gap (points)"]
-    return markdown(["experiment", "budget (nats)", *columns], lines)
+    titles = {"experiment": "experiment", "budget": "budget (nats)", "teacher": "teacher (%)", "ceiling": "ceiling (%)"}
+    titles |= {"budgeted": "budgeted optimum (%)", "soft": "best soft Lagrangian (%)", "gap": "gap (points)"}
+    table = pd.read_csv(results / "contest.csv", dtype={"budget": str})
+    return markdown(table.replace({"experiment": CONTESTS}), titles)
 
 
 def equal_table(results: Path) -> str:
     """Each constrained method at each budget against the soft Lagrangian's curve, and against its best lambda."""
-    lines = []
-    for _, row in pd.read_csv(results / "study" / "equal_csr.csv").sort_values("budget", kind="stable").iterrows():
-        lam = "-" if pd.isna(row["soft_lambda"]) else f"{compared(row, 'target_')} (λ = {row['soft_lambda']:g})"
-        more = "looser than every λ" if row["place"] == "looser" else compared(row)
-        more += ", stricter than every λ" * (row["place"] == "stricter")
-        lines.append([row["method"], f"{row['budget']:g}", *percents(row, "accuracy", "csr"), more, lam])
-    columns = ["accuracy (%)", "CSR (%)", "points more than soft at its CSR", "than the best λ that keeps 95 %"]
-    return markdown(["method", "budget (nats)", *columns], lines)
+    table = pd.read_csv(results / "study" / "equal_csr.csv").sort_values("budget", kind="stable")
+    curve = gains(table) + table["place"].map({"stricter": ", stricter than every λ"}).fillna("")
+    best = gains(table, "target_") + table["soft_lambda"].map(" (λ = {:g})".format)
+    curve = curve.mask(table["place"] == "looser", "looser than every λ")
+    best = best.mask(table["soft_lambda"].isna(), "-")
+    titles = {"method": "method", "budget": "budget (nats)", "accuracy": "accuracy (%)", "csr": "CSR (%)"}
+    titles |= {"curve": "points more than soft at its CSR", "best": "than the best λ that keeps 95 %"}
+    return markdown(table.assign(budget=table["budget"].map("{:g}".format), curve=curve, best=best), titles)
 
 
 def theory_table(results: Path) -> str:
     """Learners on token trees against the exact optimum: a row per method, with 95 % intervals."""
-    names = {"soft optimum, never": "*soft Lagrangian, best λ per tree, exact*"}
-    table = sampled_learners(results / "theory").rename(index=names | {name: f"{name} (ours)" for name in OURS})
-    table = table[~table.index.str.startswith("soft optimum")]
-    lines = zip(table.index, percent(table, "of_optimum"), percent(table, "csr"), strict=True)
-    found = json.loads((results / "theory" / "summary.json").read_text(encoding="utf-8"))["results"]
-    least, median, most = (f"{100 * found['mean_is_not_enough'][name]:.0f}" for name in ("min", "median", "max"))
+    names = {"soft optimum, never": "*soft Lagrangian, best λ per tree, exact*"} | {
+        name: f"{name} (ours)" for name in OURS
+    }
+    table = theory.sampled_learners(results / "theory").rename(index=names).rename_axis("learner").reset_index()
+    table = table[~table["learner"].str.startswith("soft optimum")]
+    shown = table.assign(**{measure: theory.percent(table, measure) for measure in ("of_optimum", "csr")})
+    found = theory.summary(results / "theory", "mean_is_not_enough")
+    least, median, most = (f"{100 * found[name]:.0f}" for name in ("min", "median", "max"))
     return (
-        markdown(["learner", "reward, % of the optimum's", "CSR (%)"], lines)
+        markdown(shown, {"learner": "learner", "of_optimum": "reward, % of the optimum's", "csr": "CSR (%)"})
         + f"\n\n{table['trees'].iloc[0]} held-out trees, all budgets; in brackets 95 % bootstrap intervals over trees. "
         f"The best soft\nLagrangian that meets the budget on average leaves {least} to {most} % of a tree's "
         f"trajectories over it\n(median {median} %)."
@@ -157,25 +146,23 @@ def theory_table(results: Path) -> str:
 
 def laptop_table(results: Path) -> str:
     """The measures of profiles/laptop.yaml: a row per run, and what it was run on."""
-    folder, phases = results / "laptop", ("generation", "scoring", "update")
-    summary, times = pd.read_csv(folder / "summary.csv"), pd.read_csv(folder / "timing.csv").set_index("run")
-    memory = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "memory").glob("*/*.json"))]
-    for phase in phases:
-        seconds = summary["run"].map(times[f"time/{phase}"])
-        summary[f"{phase} (s)"] = seconds.map("{:.0f}".format, na_action="ignore").fillna("-")
-    columns = {name: COLUMNS[name] for name in ("accuracy", "greedy_accuracy", "csr")}
+    folder, columns = results / "laptop", {name: COLUMNS[name] for name in ("accuracy", "greedy_accuracy", "csr")}
     columns |= {"kl_per_token": "nats per token", "cost": COLUMNS["cost"]}
-    table = measures_table(summary, columns, tuple(f"{phase} (s)" for phase in phases))
+    times = pd.read_csv(folder / "timing.csv", index_col="run").map("{:.0f}".format)
+    times = times.rename(columns=lambda name: f"{name.removeprefix('time/')} (s)")
+    summary = pd.read_csv(folder / "summary.csv").join(times, on="run").fillna("-")
+    memory = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "memory").glob("*/*.json"))]
+    taken, summed = (max(entry[key] for entry in memory) for key in ("taken_gib", "summed_gib"))
     profile = read_yaml(folder / "profile.yaml")
     train, evaluated = profile["train"], profile["evaluate"]
     batch = train["per_device_train_batch_size"] * train.get("gradient_accumulation_steps", 1)
-    taken, summed = (max(entry[key] for entry in memory) for key in ("taken_gib", "summed_gib"))
     threads = f", {memory[0]['threads']} thread(s) per run" if train.get("use_cpu") else ""
     return (
-        f"{table}\n\n{train['max_steps']} steps of {batch} completions of at most {train['max_completion_length']} "
-        f"tokens, timed per step; a budget of {profile['budget']['budget']} nats per token; {evaluated['prompts']} "
-        f"held-out prompts, {evaluated['samples']} completions each; seed {', '.join(map(str, profile['seeds']))}. On "
-        f"{memory[0]['device']}{threads}; memory {taken:.1f} GiB, {summed:.1f} by the sum."
+        f"{measures_table(summary, columns, tuple(times))}\n\n{train['max_steps']} steps of {batch} completions of at "
+        f"most {train['max_completion_length']} tokens, timed per step; a budget of {profile['budget']['budget']} nats "
+        f"per token; {evaluated['prompts']} held-out prompts, {evaluated['samples']} completions each; "
+        f"seed {', '.join(map(str, profile['seeds']))}. On {memory[0]['device']}{threads}; "
+        f"memory {taken:.1f} GiB, {summed:.1f} by the sum."
     )
 
 

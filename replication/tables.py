@@ -2,12 +2,11 @@
 
 Means come with 95 % bootstrap intervals over seeds and prompts. Differences are paired over both, on the seeds that two
 runs share; their 5 % is shared by all runs that one table compares with one baseline on one measure (Bonferroni).
-
-Accuracy is sampled with a control variate: the exact probability of the right completion, plus the sampled share of
-completions that end in the answer in another way. Its mean is the accuracy's, and nearly all of the noise is gone.
 """
 
 import functools
+import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ ABLATED = {"saute-constant": "cmdp"}  # a method that is an ablation of another:
 MEASURES = {"accuracy": "accurate", "csr": "satisfied", "accuracy_within": "correct_within", "validity": "right"}
 MEASURES |= {"cost": "cost", "kl_per_token": "kl", "entropy": "entropy", "tokens": "tokens"}
 COMPARED = {"accuracy": "accuracy", "csr": "CSR", "accuracy_within": "accuracy within budget", "validity": "validity"}
+Pairs = Iterable[tuple[str, str]]  # a run and a baseline each
 SHARES_OF_BUDGET = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, np.inf)
 
 
@@ -37,23 +37,16 @@ def write(part: str) -> None:
 
 
 def write_default(results: Path = RESULTS) -> None:
-    """Gather the default runs: summary, metrics, training curves, cost by position, times, provenance; and compute what
-    a budget can buy."""
+    """Gather the default runs, with means, metrics, times and provenance, and compute what a budget can buy."""
     runs, params = rows(part="default"), read_yaml(PARAMS)
-    exact, times, curves, positions = (
-        gather(name, runs, results / "runs") for name in ("exact", "times", "training", "positions")
-    )
+    names = {"exact": "exact", "timing": "times", "curves": "training", "positions": "positions"}
+    tables = {name: gather(kept, runs, results / "runs") for name, kept in names.items()}
     means = summary(read_completions(results, "default"), by_name(runs), params["budget"]["budget"])
-    phases = times.groupby("run", sort=False)[list(times.filter(like="time/"))].median().dropna(how="all")
-    p, task = ceiling.measured(exact), params["task"]
-    tables = {
-        "summary": means[["run", "measure", "mean", "low", "high", "seeds"]],
-        "curves": curves,
-        "positions": positions,
-        "timing": phases.reset_index(),
-        "contest": ceiling.contests(p, task["slips"], task["steps"]),
-        "prices": ceiling.prices(p),
-    }
+    tables["summary"] = means[["run", "measure", "mean", "low", "high", "seeds"]]
+    phases = tables["timing"].filter(like="time/").groupby(tables["timing"]["run"], sort=False).median()
+    tables["timing"] = phases.dropna(how="all").reset_index()
+    p, task = ceiling.measured(tables.pop("exact")), params["task"]
+    tables |= {"contest": ceiling.contests(p, task["slips"].values(), task["steps"]), "prices": ceiling.prices(p)}
     for name, table in tables.items():
         write_table(table, results / f"{name}.csv")
     for run, measured in means.groupby("run"):  # a file each: `dvc metrics show` prints one line per run
@@ -68,22 +61,28 @@ def write_study(results: Path = RESULTS) -> None:
     completions = read_completions(results)
     sampled = completions[completions["decoding"] == "sampled"]
     names = [name for name, row in runs.items() if row.family == "method" and row.start == "student"]
-    baselines = [chosen["best"]["soft"], "grpo", "gkd", "minillm"]
+    pairs = [*itertools.product(names, (chosen["best"]["soft"], "grpo", "gkd", "minillm"))]
     tables = {
         "summary": summary(completions, runs, budget),
         "frontier": frontier(sampled, runs, budget),
         "equal_csr": equal_csr(sampled, runs, soft_lambdas(runs, chosen["runs"]), budget, given["target"]),
-        "paired": paired(sampled, baselines, names, budget),
+        "paired": paired(sampled, pairs, budget, len(names)),
         "ablations": ablations(sampled, runs, budget),
-        "wins": wins(sampled, baselines, names),
+        "wins": wins(sampled, pairs),
         "ranges": ranges(pd.read_csv(results / "tuning.csv"), given["near"]),
         "violation": violation(sampled, names, budget),
         "timing": timing(gather("times", rows(), results / "runs"), runs),
     }
     for name, table in tables.items():
         write_table(table, results / "study" / f"{name}.csv")
-    budgets = {name: own_budget(row, budget) for name, row in runs.items()}
+    budgets = {name: row.settings.get("budget", budget) for name, row in runs.items()}
     write_table(ceiling.accounts(sampled, budgets), results / "ceiling.csv")
+
+
+def spelled(value: Sequence[float], unit: str = "", spec: str = "z.1f", scale: float = 100) -> str:
+    """(mean, low, high) in per cent: `97.1 [96.5, 97.6]`."""
+    mean, low, high = (format(scale * number, spec) for number in value)
+    return f"{mean}{unit} [{low}, {high}]"
 
 
 def by_name(table: dict[str, Row]) -> dict[str, Row]:
@@ -92,14 +91,9 @@ def by_name(table: dict[str, Row]) -> dict[str, Row]:
     return {row.name: named.setdefault(row.name, row) for row in table.values()}
 
 
-def own_budget(row: Row, default: float) -> float:
-    """The budget that a run is trained and measured with."""
-    return row.settings.get("budget", default)
-
-
 def read_completions(results: Path = RESULTS, part: str | None = None) -> pd.DataFrame:
     """Every completion of a part's runs or of all, with `run`, `right` (exact: the probability of the right completion)
-    and `accurate`, whose mean over samples is the accuracy. `valid` has mean `right`, which takes its place."""
+    and `accurate`, whose mean over samples is the accuracy: `right`, a control variate, takes the place of `valid`."""
     completions, exact = (gather(name, rows(part=part), results / "runs") for name in ("completions", "exact"))
     completions = completions.merge(exact[["run", "seed", "prompt", "right"]], on=["run", "seed", "prompt"])
     return completions.assign(accurate=completions["right"] + completions["correct"] - completions["valid"])
@@ -109,7 +103,7 @@ def summary(completions: pd.DataFrame, runs: dict[str, Row], budget: float) -> p
     """One row per run and measure, the CSR at the run's own budget. Without greedy rows there is no greedy accuracy."""
     found = []
     for run, group in completions.groupby("run", sort=False):
-        row, limit = runs[run], own_budget(runs[run], budget)
+        row, limit = runs[run], runs[run].settings.get("budget", budget)
         decoded = with_budget(group, limit).groupby("decoding")
         values = {name: interval(cells(decoded.get_group("sampled"), column)) for name, column in MEASURES.items()}
         if "greedy" in decoded.groups:
@@ -125,7 +119,7 @@ def points(runs: dict[str, Row]) -> dict[str, str]:
     run which differs in nothing but the budget."""
 
     def key(row: Row) -> tuple:
-        return row.method, row.tuned, *sorted((name, row.settings[name]) for name in row.settings if name != "budget")
+        return row.method, row.tuned, *sorted((name, value) for name, value in row.settings.items() if name != "budget")
 
     shown = {name: row for name, row in runs.items() if row.start == "student" and row.family in ("method", "budget")}
     named = {key(row): name for name, row in shown.items() if row.family == "method"}
@@ -135,23 +129,22 @@ def points(runs: dict[str, Row]) -> dict[str, str]:
 def frontier(completions: pd.DataFrame, runs: dict[str, Row], budget: float) -> pd.DataFrame:
     """Accuracy and CSR of each method at each budget some run was trained for. A method that knows no budget stands at
     all of them, another at those it was trained for (`trained_at`)."""
-    limits, found = sorted({own_budget(row, budget) for row in runs.values()}), []
+    limits, found = sorted({row.settings.get("budget", budget) for row in runs.values()}), []
+    by_run, measures = dict(list(completions.groupby("run"))), ("accurate", "satisfied", "correct_within")
     for run, method in points(runs).items():
-        free, own = runs[run].method in BUDGET_FREE, own_budget(runs[run], budget)
-        group = completions[completions["run"] == run]
-        for limit in (limits if free else [own]) if len(group) else ():
-            table, values = with_budget(group, limit), []
-            for column in ("accurate", "satisfied", "correct_within"):
-                values += interval(cells(table, column))
-            found.append((method, limit, None if free else limit, *values, group["seed"].nunique()))
-    measures = [f"{name}{end}" for name in ("accuracy", "csr", "within") for end in ("", "_low", "_high")]
-    return pd.DataFrame(found, columns=["method", "budget", "trained_at", *measures, "seeds"])
+        free, own = runs[run].method in BUDGET_FREE, runs[run].settings.get("budget", budget)
+        for limit in (limits if free else [own]) if run in by_run else ():
+            table = with_budget(by_run[run], limit)
+            values = [value for column in measures for value in interval(cells(table, column))]
+            found.append((method, limit, None if free else limit, *values, table["seed"].nunique()))
+    columns = [f"{name}{end}" for name in ("accuracy", "csr", "within") for end in ("", "_low", "_high")]
+    return pd.DataFrame(found, columns=["method", "budget", "trained_at", *columns, "seeds"])
 
 
 def soft_lambdas(runs: dict[str, Row], chosen: dict[str, dict]) -> dict[str, float]:
     """Lambda of each run on the soft Lagrangian's curve, in the order of lambda."""
-    soft = {run: runs[run].tuned for run in points(runs) if runs[run].method == "gkd-grpo"}
-    return dict(sorted(((run, chosen[tuned]["lam"]) for run, tuned in soft.items()), key=lambda item: item[1]))
+    soft = {run: chosen[runs[run].tuned]["lam"] for run in points(runs) if runs[run].method == "gkd-grpo"}
+    return dict(sorted(soft.items(), key=lambda item: item[1]))
 
 
 def equal_csr(
@@ -171,10 +164,10 @@ def equal_csr(
     curve are left out. `soft_at_target` is the accuracy of the best single lambda whose measured CSR is `target` or
     more, `target_difference` the run's to it. The runs of one budget share the 5 %, unless a `level` is given.
     """
-    by_run = dict(list(completions.groupby("run")))
-    soft, methods = {run: lam for run, lam in lambdas.items() if run in by_run}, points(runs)
-    limits = {run: own_budget(runs[run], budget) for run in methods if runs[run].method not in BUDGET_FREE}
-    limits = {run: limit for run, limit in limits.items() if run in by_run and soft}
+    by_run, methods = dict(list(completions.groupby("run"))), points(runs)
+    soft = {run: lam for run, lam in lambdas.items() if run in by_run}
+    aware = [run for run in methods if run in by_run and soft and runs[run].method not in BUDGET_FREE]
+    limits = {run: runs[run].settings.get("budget", budget) for run in aware}
 
     @functools.cache
     def drawn(run: str, limit: float, seeds: tuple[int, ...]) -> list[np.ndarray]:
@@ -193,15 +186,13 @@ def equal_csr(
         place = "looser" if np.isnan(on[0]) else "stricter" if csr[0] > curve[0][:, 0].max() else "within"
         more = accuracy - on
         ends = (np.nan, np.nan) if place == "looser" else bounds(more[1:][~np.isnan(more[1:])], own_level)
-        found.append((run, methods[run], limit, csr[0], *bounds(csr[1:], own_level), accuracy[0], on[0], place))
-        found[-1] += (more[0], *ends)
+        row = (run, methods[run], limit, csr[0], *bounds(csr[1:], own_level), accuracy[0], on[0], place, more[0], *ends)
         meets = np.where(curve[0][:, 0] >= target, curve[1][:, 0], -np.inf)
         best, beyond = meets.argmax(), accuracy - curve[1][meets.argmax()]
         single = (list(soft.values())[best], meets[best], beyond[0], *bounds(beyond[1:], own_level))
-        found[-1] += (*(single if meets[best] >= 0 else [np.nan] * 5), len(seeds))
-    columns = ["run", "method", "budget", "csr", "csr_low", "csr_high", measure, "soft", "place"]
-    columns += ["difference", "low", "high", "soft_lambda", "soft_at_target"]
-    columns += ["target_difference", "target_low", "target_high", "seeds"]
+        found.append((*row, *(single if meets[best] >= 0 else [np.nan] * 5), len(seeds)))
+    columns = ["run", "method", "budget", "csr", "csr_low", "csr_high", measure, "soft", "place", "difference", "low"]
+    columns += ["high", "soft_lambda", "soft_at_target", "target_difference", "target_low", "target_high", "seeds"]
     return pd.DataFrame(found, columns=columns)
 
 
@@ -220,62 +211,58 @@ def on_curve(csr: np.ndarray, accuracy: np.ndarray, at: np.ndarray) -> np.ndarra
     return np.where(at < csr.min(axis=0), np.nan, value)
 
 
-def difference(
-    ours: pd.DataFrame, theirs: pd.DataFrame, column: str, level: float = 0.95, resamples: int = RESAMPLES
-) -> tuple[float, float, float, int]:
+def difference(ours: pd.DataFrame, theirs: pd.DataFrame, column: str, level: float = 0.95) -> tuple:
     """(mean, low, high, seeds) of ours minus theirs, paired over prompts and the seeds that both have."""
     seeds = sorted(set(ours["seed"]) & set(theirs["seed"]))
     ours, theirs = (cells(table[table["seed"].isin(seeds)], column) for table in (ours, theirs))
-    drawn = bootstrap(ours, resamples=resamples) - bootstrap(theirs, resamples=resamples)
+    drawn = bootstrap(ours, resamples=MANY_RESAMPLES) - bootstrap(theirs, resamples=MANY_RESAMPLES)
     return float((ours - theirs).mean()), *bounds(drawn, level), len(seeds)
 
 
-def paired(
-    completions: pd.DataFrame, baselines: list[str], names: list[str], budget: float, comparisons: int | None = None
-) -> pd.DataFrame:
-    """Every run of `names` minus every one of `baselines`, measure by measure, where both were run, at a budget in nats
-    per trajectory; as many `comparisons` share the 5 %, by default one for each of `names`."""
-    level = 1 - 0.05 / (comparisons or len(names))
-    found = []
-    for run, baseline, *both in _pairs(with_budget(completions, budget), names, baselines):
-        values = {name: difference(*both, MEASURES[name], level, MANY_RESAMPLES) for name in COMPARED}
-        found += [(run, baseline, name, *value) for name, value in values.items()]
+def paired(completions: pd.DataFrame, pairs: Pairs, budget: float, comparisons: int) -> pd.DataFrame:
+    """The first run of each of the `pairs` minus the second, measure by measure, where both were run, at a budget in
+    nats per trajectory; as many `comparisons` share the 5 %."""
+    found, level = [], 1 - 0.05 / comparisons
+    for run, baseline, *both in _both_run(with_budget(completions, budget), pairs):
+        found += [(run, baseline, name, *difference(*both, MEASURES[name], level)) for name in COMPARED]
     return pd.DataFrame(found, columns=["run", "baseline", "measure", "difference", "low", "high", "seeds"])
 
 
 def ablations(completions: pd.DataFrame, runs: dict[str, Row], budget: float) -> pd.DataFrame:
     """Every run that changes settings of the one it is tuned as, minus that one, in the columns of `paired`."""
     changed = ABLATED | {name: row.tuned for name, row in runs.items() if {*row.settings} - {"budget"}}
-    changed = {name: of for name, of in changed.items() if name in runs and runs[name].family != "budget"}
-    tables = [paired(completions, [of], [run], budget, len(changed)) for run, of in changed.items()]
-    return pd.concat(tables, ignore_index=True)
+    pairs = [(name, of) for name, of in changed.items() if name in runs and runs[name].family != "budget"]
+    return paired(completions, pairs, budget, len(pairs))
 
 
-def wins(
-    completions: pd.DataFrame, baselines: list[str], names: list[str], level: float = 0.95, resamples: int = RESAMPLES
-) -> pd.DataFrame:
-    """Reasoning win rate, judged by program: of two derivations of one problem the valid one wins; where both or
-    neither are, a tie counts half. The order of the two does not enter."""
+def wins(completions: pd.DataFrame, pairs: Pairs, level: float = 0.95, resamples: int = RESAMPLES) -> pd.DataFrame:
+    """Reasoning win rate of the first run of each of the `pairs`, judged by program: of two derivations of one problem
+    the valid one wins; where both or neither are, a tie counts half. The order of the two does not enter."""
     found = []
     tests = completions.assign(sample=completions.groupby(["run", "seed", "prompt"]).cumcount())
-    for run, baseline, ours, theirs in _pairs(tests, names, baselines):
-        pairs = ours.merge(theirs, on=["seed", "prompt", "sample"], suffixes=("", "_baseline"))
-        score = 0.5 + 0.5 * (pairs["valid"] - pairs["valid_baseline"])
-        rate = interval(cells(pairs.assign(score=score), "score"), level=level, resamples=resamples)
-        found.append((run, baseline, *rate, float((score == 0.5).mean()), pairs["seed"].nunique()))
+    for run, baseline, ours, theirs in _both_run(tests, pairs):
+        merged = ours.merge(theirs, on=["seed", "prompt", "sample"], suffixes=("", "_baseline"))
+        score = 0.5 + 0.5 * (merged["valid"] - merged["valid_baseline"])
+        rate = interval(cells(merged.assign(score=score), "score"), level=level, resamples=resamples)
+        found.append((run, baseline, *rate, float((score == 0.5).mean()), merged["seed"].nunique()))
     return pd.DataFrame(found, columns=["run", "baseline", "win_rate", "low", "high", "ties", "seeds"])
+
+
+def _both_run(table: pd.DataFrame, pairs: Pairs) -> list[tuple]:
+    """(run, baseline, completions of the run, of the baseline) of each of the `pairs` of which both were run."""
+    by_run = dict(list(table.groupby("run")))
+    return [(a, b, by_run[a], by_run[b]) for a, b in pairs if a != b and {a, b} <= set(by_run)]
 
 
 def ranges(trials: pd.DataFrame, near: float) -> pd.DataFrame:
     """For each tuned run and parameter that its trials (results/tuning.csv) differ in: the `best` value, the least and
     greatest of trials whose score is within `near` of the best and of all, and how many are near it, of how many."""
-    found = []
-    parameters = trials.columns.drop(["run", "trial", "seeds", "chosen", *MEASURED])
+    parameters, found = trials.columns.drop(["run", "trial", "seeds", "chosen", *MEASURED]), []
     for run, own in trials.groupby("run", sort=False):
         best = own.loc[own["score"].idxmax()]
         good = own[own["score"] >= best["score"] - near * abs(best["score"])]
         for name in [name for name in parameters if own[name].nunique() > 1]:
-            ends = (table[name].agg(end) for table in (good, own) for end in ("min", "max"))
+            ends = (good[name].min(), good[name].max(), own[name].min(), own[name].max())
             found.append((run, name, best[name], *ends, len(good), len(own)))
     columns = ["run", "parameter", "best", "low", "high", "tried_low", "tried_high", "near_best", "trials"]
     return pd.DataFrame(found, columns=columns)
@@ -288,9 +275,10 @@ def violation(completions: pd.DataFrame, names: list[str], budget: float) -> pd.
     measures = {"correct": "accuracy", "valid": "validity", "entropy": "entropy"}
     grouped = tests.assign(low=edges[place], high=edges[place + 1]).groupby(["run", "low", "high"])[[*measures]]
     table = grouped.mean().rename(columns=measures).assign(count=grouped.size()).reset_index()
-    labels = zip(table["low"], table["high"], strict=True)
-    table["bin"] = [f"over {low:g}" if np.isinf(high) else f"{low:g} to {high:g}" for low, high in labels]
-    return table[["run", "bin", "low", "high", "count", *measures.values()]]
+    names = {low: f"{low:g} to {high:g}" for low, high in itertools.pairwise(edges)} | {
+        edges[-2]: f"over {edges[-2]:g}"
+    }
+    return table.assign(bin=table["low"].map(names))[["run", "bin", "low", "high", "count", *measures.values()]]
 
 
 def timing(times: pd.DataFrame, runs: dict[str, Row]) -> pd.DataFrame:
@@ -301,10 +289,3 @@ def timing(times: pd.DataFrame, runs: dict[str, Row]) -> pd.DataFrame:
     table = grouped.agg(seconds="median", low="min", high="max").dropna().reset_index()
     soft = [name for name, row in runs.items() if row.method == "gkd-grpo" and row.family == "method"]
     return table.assign(ratio_to_gkd_grpo=table["seconds"] / table[table["run"].isin(soft)]["seconds"].median())
-
-
-def _pairs(table: pd.DataFrame, names: list[str], baselines: list[str]) -> list[tuple]:
-    """(run, baseline, completions of the run, of the baseline) of each two that were run."""
-    by_run = dict(list(table.groupby("run")))
-    both = [(a, b) for a in names for b in baselines if a != b and {a, b} <= set(by_run)]
-    return [(run, baseline, by_run[run], by_run[baseline]) for run, baseline in both]

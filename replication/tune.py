@@ -20,8 +20,7 @@ def write_choice(results: Path = RESULTS) -> None:
     entries, table = tuning["entries"], trials(results / "tuning", tuning)
     best = table.groupby("run", sort=False)["score"].idxmax()  # of equal ones the first
     write_table(table.assign(chosen=table.index.isin(best).astype(int)), results / "tuning.csv")
-    chosen = table.loc[best].set_index("run")
-    runs: dict[str, dict] = {"sft": {}}
+    chosen, runs = table.loc[best].set_index("run"), {"sft": {}}
     for name, entry in entries.items():
         ladders = tuning["start"] | entry.get("start", {})
         runs[name] = entry["fixed"] | {key: float(chosen.loc[name, key]) for key in ladders}
@@ -34,12 +33,8 @@ def write_choice(results: Path = RESULTS) -> None:
 
 def trials(folder: Path, tuning: dict) -> pd.DataFrame:
     """All trials of `tuning` (experiments.yaml), a row each: `run`, `trial`, `seeds`, the settings tried, and the means
-    over seeds of `MEASURED`.
-
-    Raises:
-        FileNotFoundError: an entry has no trials.
-        ValueError: an entry has fewer or more trials than were asked for, or other seeds than the seeds asked for.
-    """
+    over seeds of `MEASURED`. Raises `FileNotFoundError` if an entry has no trials, `ValueError` if fewer or more than were
+    asked for, or other seeds."""
     tables = []
     for name in tuning["entries"]:
         path = folder / f"{name}.csv"

@@ -4,6 +4,7 @@
 against the exact optimum) compute tables, which `run` writes; `plots` and `tables` read the files, without torch.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -29,6 +30,7 @@ LEARNERS = {  # form of the modified reward and name of the tuned parameter; Non
 LEARNERS |= {f"{name}-margin": LEARNERS[name] for name in ("cmdp", "cmdp-overshoot", "cmdp-hinge")}
 OURS = ("cmdp-margin", "cmdp-overshoot", "cmdp-overshoot-margin", "cmdp-hinge", "cmdp-hinge-margin")
 FORMS = ("exhausted", "overshoot", "hinge")  # of the modified reward, those that depend on the budget
+Found = Iterator[tuple[str, pd.DataFrame]]  # the name of a table and some of its rows
 
 
 def run(parameters: dict, folder: Path) -> None:
@@ -37,9 +39,9 @@ def run(parameters: dict, folder: Path) -> None:
 
     studies = optimum.optimum, optimum.refinement, optimum.example, guarantees.penalty_bound
     studies += guarantees.augmentation, guarantees.exact_penalty, guarantees.gradient, guarantees.jump, contest.contest
-    for study in studies:
-        for name, table in study(parameters).items():
-            write_table(table, folder / f"{name}.csv")
+    found = [part for study in studies for part in study(parameters)]
+    for name in dict(found):
+        write_table(pd.concat([table for other, table in found if other == name]), folder / f"{name}.csv")
     tables = {path.stem: pd.read_csv(path) for path in folder.glob("*.csv")}
     against = contest.against_optimum(tables["optimum"], tables["learners"], parameters["seed"])
     write_table(against, folder / "against_optimum.csv")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cmdp.statistics import bootstrap, bounds
-from replication.theory import LEARNERS
+from replication.theory import LEARNERS, Found
 from replication.theory.learners import learn
 from replication.theory.trees import Trees, generator, make_trees, outcome
 
@@ -36,13 +36,12 @@ def trained(
     strength, rate = torch.from_numpy(trials).repeat(number, 1).unbind(1)
     sizes = {name: sizes[name] for name in ("steps", "samples", "margin", "bins")}
     logits = learn(many, start, limits, method, strength, rate, generator=source, **sizes)
-    rows = {"budget": budgets.repeat_interleave(number), "tree": [*range(number)] * count}
-    rows |= {"strength": np.repeat(trials[:, 0], number), "learning_rate": np.repeat(trials[:, 1], number)}
-    found = outcome(many, logits, limits[:, None])
-    return pd.DataFrame(rows | {name: value.view(number, -1).T.flatten() for name, value in found.items()})
+    found = {"budget": limits, "tree": torch.arange(number).repeat_interleave(count), "strength": strength}
+    found |= {"learning_rate": rate} | outcome(many, logits, limits[:, None])
+    return pd.DataFrame({name: value.view(number, count).T.flatten() for name, value in found.items()})
 
 
-def contest(parameters: dict) -> dict[str, pd.DataFrame]:
+def contest(parameters: dict) -> Found:
     """Tune every method on the tuning trees, choose a trial for each budget, and judge it on the held-out trees.
 
     The choice: of the trials with at most `allowed` violations the one of most reward; without any, the one that
@@ -51,7 +50,6 @@ def contest(parameters: dict) -> dict[str, pd.DataFrame]:
     settings, keys, names = parameters["learners"], ["strength", "learning_rate"], ["method", "variant"]
     budgets = torch.tensor(parameters["budgets"], dtype=torch.float64)
     tuning, test = make_trees(parameters, settings["tuning_trees"], stream=10), make_trees(parameters)
-    tables = {"tuning": {}, "learners": {}}
     for number, (name, variant) in enumerate(settings["variants"].items()):
         for index, method in enumerate(variant.get("methods", settings["methods"])):
             options, stream = trials(parameters, method), 100 * number + index
@@ -61,10 +59,10 @@ def contest(parameters: dict) -> dict[str, pd.DataFrame]:
             # any allowed trial beats any other
             score = sweep["reward"].where(sweep["violation"] <= settings["allowed"], -1 - sweep["violation"])
             best = score.groupby(sweep["budget"], sort=False).idxmax()
-            tables["tuning"][method, name] = sweep.assign(chosen=sweep.index.isin(best))
-            judged = test, sweep.loc[best, keys].to_numpy(), budgets, method, variant, (12, 12000 + stream)
-            tables["learners"][method, name] = trained(parameters, *judged)
-    return {name: pd.concat(parts, names=names).reset_index(names) for name, parts in tables.items()}
+            chosen = test, sweep.loc[best, keys].to_numpy(), budgets, method, variant, (12, 12000 + stream)
+            tables = {"tuning": sweep.assign(chosen=sweep.index.isin(best)), "learners": trained(parameters, *chosen)}
+            for kind, table in tables.items():
+                yield kind, pd.concat({(method, name): table}, names=names).reset_index(names)
 
 
 def against_optimum(optimum: pd.DataFrame, judged: pd.DataFrame, seed: int) -> pd.DataFrame:
@@ -75,12 +73,11 @@ def against_optimum(optimum: pd.DataFrame, judged: pd.DataFrame, seed: int) -> p
     optimum only by violating. The soft Lagrangian's exact optimum at each tree's own best lambda stands beside the
     learners: no learner of that kind can beat it. `_gain` is the paired difference to gkd-grpo, its learner.
     """
-    tables, keys = [judged[["tree", "budget", "method", "variant", "reward", "violation"]]], ["tree", "budget"]
+    tables, keys = [judged], ["tree", "budget"]
     for name in ("never", "rarely", "on_average"):
-        columns = {"reward": optimum[f"soft_{name}"], "violation": optimum[f"soft_{name}_violation"]}
-        method = f"soft optimum, {name.replace('_', ' ')}"
-        tables.append(optimum[keys].assign(**columns, method=method, variant="closed form"))
-    both = pd.concat(tables).merge(optimum[[*keys, "lower"]], on=keys)
+        table = optimum.rename(columns={f"soft_{name}": "reward", f"soft_{name}_violation": "violation"})
+        tables.append(table.assign(method=f"soft optimum, {name.replace('_', ' ')}", variant="closed form"))
+    both = pd.concat(tables, join="inner").merge(optimum[[*keys, "lower"]], on=keys)
 
     def means(trees: pd.Series) -> np.ndarray:
         """The mean over trees and its resamples, the same for every method: (1 + resamples,)."""
@@ -98,7 +95,6 @@ def against_optimum(optimum: pd.DataFrame, judged: pd.DataFrame, seed: int) -> p
             if baseline := measured.get((variant, "gkd-grpo")):
                 values = values | {f"{name}_gain": values[name] - baseline[name] for name in values}
             for name, value in values.items():
-                low, high = bounds(value[1:])
-                row |= {name: value[0], f"{name}_low": low, f"{name}_high": high}
+                row[name], row[f"{name}_low"], row[f"{name}_high"] = value[0], *bounds(value[1:])
             rows.append(row)
     return pd.DataFrame(rows)

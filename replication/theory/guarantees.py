@@ -7,19 +7,19 @@ from scipy.integrate import cumulative_trapezoid
 from scipy.optimize import minimize
 from torch import Tensor
 
-from replication.theory import FORMS
+from replication.theory import FORMS, Found
 from replication.theory import trees as exact
 from replication.theory.optimum import soft_outcomes
 from replication.theory.trees import Trees
 
 
-def penalty_bound(parameters: dict) -> dict[str, pd.DataFrame]:
+def penalty_bound(parameters: dict) -> Found:
     """Section 4 (a), p <= (1 - J_c) / (1 + n), for three students.
 
     `any policy`: all policies on a grid that contains the teacher's probabilities. `one parameter`: the soft optima and
     the teacher, a student that cannot change one state alone. `per token`: `two_tokens`, on which the bound is tight.
     """
-    settings, tables = parameters["penalty_bound"], []
+    settings = parameters["penalty_bound"]
     budget, points = settings["budget"], settings["points"]
     # 2 tokens, 2 steps, 3 states; the teacher's probabilities are moved to the nearest points of the grid
     trees = exact.make_trees(parameters, settings["trees"], stream=4, shape=(2, 2, False))
@@ -35,12 +35,10 @@ def penalty_bound(parameters: dict) -> dict[str, pd.DataFrame]:
         within, violation = found["within"], found["violation"]  # (N, policies)
         feasible = np.where(violation <= 1e-12, within, -np.inf).max(1)
         for n in settings["penalties"]:
-            value = within - n * violation  # J~
-            # of equally good policies the one that violates least
+            value = within - n * violation  # J~; of equally good policies the one that violates least
             best = np.where(value >= value.max(1, keepdims=True) - 1e-12, violation, np.inf).min(1)
             columns = {"case": case, "tree": range(len(best)), "n": n, "p": best, "bound": (1 - feasible) / (1 + n)}
-            tables.append(pd.DataFrame(columns))
-    return {"penalty_bound": pd.concat(tables)}
+            yield "penalty_bound", pd.DataFrame(columns)
 
 
 def two_tokens(per_token: float, points: int) -> dict[str, np.ndarray]:
@@ -58,17 +56,18 @@ def two_tokens(per_token: float, points: int) -> dict[str, np.ndarray]:
     return exact.outcomes(Trees(paths, teacher, (length == 2).double()[None]), policies, (per_token * length)[None])
 
 
-def augmentation(parameters: dict) -> dict[str, pd.DataFrame]:
+def augmentation(parameters: dict) -> Found:
     """Section 4 (b): policies that see z, by dynamic programming; policies that do not, by nonlinear programming."""
     settings = parameters["augmentation"]
     trees = exact.make_trees(parameters, settings["trees"], stream=5, shape=tuple(settings["shape"]))
     grid = exact.budget_grid(parameters, settings["budget"])
     lower, upper = (exact.budgeted_values(trees, grid, bound)[:, 0, -1] for bound in ("lower", "upper"))
-    rng, each = np.random.default_rng([parameters["seed"], 5]), zip(trees.teacher, trees.reward, strict=True)
-    each = (Trees(trees.paths, teacher[None], reward[None]) for teacher, reward in each)
-    unaware = [without_budget(tree, grid[-1], settings["starts"], rng) for tree in each]
-    columns = {"tree": range(len(lower)), "sees_z": lower, "sees_z_upper": upper, "does_not": unaware}
-    return {"augmentation": pd.DataFrame(columns)}
+    rng = np.random.default_rng([parameters["seed"], 5])
+    for row in range(settings["trees"]):
+        tree = Trees(trees.paths, trees.teacher[[row]], trees.reward[[row]])
+        columns = {"tree": row, "sees_z": lower[row], "sees_z_upper": upper[row]}
+        columns["does_not"] = without_budget(tree, grid[-1], settings["starts"], rng)
+        yield "augmentation", pd.DataFrame([columns])
 
 
 def without_budget(tree: Trees, budget: float, starts: int, rng: np.random.Generator) -> float:
@@ -94,9 +93,9 @@ def without_budget(tree: Trees, budget: float, starts: int, rng: np.random.Gener
     return best
 
 
-def gradient(parameters: dict) -> dict[str, pd.DataFrame]:
+def gradient(parameters: dict) -> Found:
     """Section 4 (c): the formula against central differences in random directions, at random policies."""
-    settings, tables = parameters["gradient"], []
+    settings = parameters["gradient"]
     budget, step = settings["budget"], settings["step"]
     trees, source = exact.make_trees(parameters, settings["trees"], stream=6), exact.generator(parameters, 7)
     noise, direction = torch.randn(2, *trees.teacher.shape, generator=source, dtype=torch.float64)
@@ -109,11 +108,10 @@ def gradient(parameters: dict) -> dict[str, pd.DataFrame]:
         formula, difference = (slope * direction).sum((1, 2)), (ahead - behind) / (2 * step)
         columns = {"form": form, "tree": range(len(slope)), "formula": formula, "difference": difference}
         columns |= {"error": formula - difference, "crossing": (before != after).any(1)}
-        tables.append(pd.DataFrame(columns))
-    return {"gradient": pd.concat(tables)}
+        yield "gradient", pd.DataFrame(columns)
 
 
-def jump(parameters: dict) -> dict[str, pd.DataFrame]:
+def jump(parameters: dict) -> Found:
     """J~ along a line from the teacher to a soft optimum, the integral of formula (c) along it, and J~'s jumps."""
     settings, rows = parameters["jump"], []
     tree, lam = exact.make_trees(parameters, 1, stream=8), settings["lambda"]
@@ -129,6 +127,7 @@ def jump(parameters: dict) -> dict[str, pd.DataFrame]:
         slope = (slope * (target - tree.teacher)).sum((1, 2)).numpy()
         line[form] = value.numpy()
         line[f"{form}_integrated"] = line[form][0] + cumulative_trapezoid(slope, position, initial=0)
+    yield "jump_line", pd.DataFrame(line)
 
     # each crossing, by bisection on which steps are over budget, and the jump across it
     over = exact.over_budget(*along(position)).flatten(1)
@@ -148,18 +147,17 @@ def jump(parameters: dict) -> dict[str, pd.DataFrame]:
             below, above = exact.modified_objective(*ends, form, lam=lam)[0].tolist()
             expected = -float((seq.prob[1] * lost[form]).sum())
             rows.append((form, left, above - below, expected, above - below - expected))
-    crossings = pd.DataFrame(rows, columns=["form", "position", "jump", "expected", "error"])
-    return {"jump_line": pd.DataFrame(line), "jump_crossings": crossings}
+    yield "jump_crossings", pd.DataFrame(rows, columns=["form", "position", "jump", "expected", "error"])
 
 
-def exact_penalty(parameters: dict) -> dict[str, pd.DataFrame]:
+def exact_penalty(parameters: dict) -> Found:
     """The lambda from which the hinge form's maximiser keeps the budget, and the price that predicts it.
 
     The maximiser earns W_lambda >= V; bisection finds the least lambda with W_lambda <= V + tolerance. At the optimum
     one more nat at s would earn 1 / eta(s), its price; lambda has to exceed the greatest price over the states whose
     children are all ends. The other forms' maximisers keep the budget at every lambda > 0 (see `penalty_bound`).
     """
-    settings, gains, thresholds = parameters["exact_penalty"], [], []
+    settings = parameters["exact_penalty"]
     trees, lambdas = exact.make_trees(parameters, settings["trees"], stream=9), np.geomspace(*settings["lambdas"])
     last = (trees.paths.child < 0).all(1).numpy()
     for budget in parameters["budgets"]:
@@ -169,7 +167,7 @@ def exact_penalty(parameters: dict) -> dict[str, pd.DataFrame]:
         _, price = exact.budgeted_policy(trees, grid, values, len(grid) - 1)
         for lam in lambdas:
             gain = (exact.budgeted_values(trees, grid, price=lam) - values)[:, 0, -1]
-            gains.append(pd.DataFrame(row | {"lambda": lam, "gain": gain}))
+            yield "exact_penalty_gain", pd.DataFrame(row | {"lambda": lam, "gain": gain})
         low, high = (np.full(settings["trees"], np.log(end)) for end in lambdas[[0, -1]])
         for _ in range(settings["bisections"]):
             middle = (low + high) / 2
@@ -179,5 +177,4 @@ def exact_penalty(parameters: dict) -> dict[str, pd.DataFrame]:
         finite = np.where(np.isfinite(price), price, 0.0)
         columns = {"threshold": np.exp(high), "root_price": finite[:, 0], "greatest_price": finite[:, last].max(1)}
         columns |= {"resolved": np.isfinite(price[:, last]).all(1)}  # no price lies below the grid's first step
-        thresholds.append(pd.DataFrame(row | columns))
-    return {"exact_penalty_gain": pd.concat(gains), "exact_penalty": pd.concat(thresholds)}
+        yield "exact_penalty", pd.DataFrame(row | columns)

@@ -70,17 +70,12 @@ def learn(
     bins: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Train one student per row from the logits `start` and return their logits, (N, S, V).
+    """Train one student per row from the logits `start` and return their logits, (N, S, V), for budgets d, (N,), by
+    `samples` sequences per row and step, or 0 for the exact gradient.
 
-    Args:
-        budget: d, (N,).
-        strength: the parameter that `LEARNERS` names, (N,); of `dual` the step of its multiplier.
-        learning_rate: Adam's, falling linearly to 0, (N,).
-        samples: G sequences per row and step; 0 for the exact gradient.
-        margin: methods named so aim at (1 - margin) d.
-        bins: the number of values of z that `saute-augmented` distinguishes.
-
-    Raises `ValueError` for an unknown method.
+    `strength`, (N,), is the parameter that `LEARNERS` names; of `dual` the step of its multiplier. `learning_rate`,
+    (N,), is Adam's, falling linearly to 0. Methods named so aim at (1 - `margin`) d; `saute-augmented` tells `bins`
+    values of z apart. Raises `ValueError` for an unknown method.
     """
     if method not in LEARNERS:
         raise ValueError(f"A learner is one of {tuple(LEARNERS)}, not {method!r}.")

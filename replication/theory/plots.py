@@ -18,10 +18,9 @@ BY_BUDGET = tuple(zip("os^", ("-", "--", ":"), (BLUE, ORANGE, GREEN), strict=Tru
 
 def draw_all(results: Path, folder: Path) -> None:
     """Draw every figure into `folder`, which is replaced as a whole."""
-    with whole(folder) as unfinished:
+    with whole(folder) as made, sns.axes_style("ticks", NO_BOX), sns.plotting_context("paper", font_scale=1.1):
         for draw in (learners, frontier, average, penalty, jump, exact_penalty, example):
-            with sns.axes_style("ticks", NO_BOX), sns.plotting_context("paper", font_scale=1.1):
-                save(draw(results), unfinished, draw.__name__)
+            save(draw(results), made, draw.__name__)
 
 
 def learners(results: Path) -> plt.Figure:

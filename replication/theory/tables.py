@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from replication.tables import spelled
 from replication.theory import OURS
 
 
@@ -19,7 +20,7 @@ def numbers(results: Path, part: str) -> pd.DataFrame:
     if not all(isinstance(x, dict) for x in found.values()):
         found = {part: {name: x for name, x in found.items() if isinstance(x, float)}}
     table = pd.DataFrame.from_dict(found, orient="index").map("{:.3g}".format)
-    return table.set_axis(table.index.str.replace("_", " ")).set_axis(table.columns.str.replace("_", " "), axis=1)
+    return table.rename(index=lambda name: name.replace("_", " "), columns=lambda name: name.replace("_", " "))
 
 
 def bracket(results: Path) -> pd.DataFrame:
@@ -56,8 +57,8 @@ def sampled_learners(results: Path) -> pd.DataFrame:
 
 def percent(table: pd.DataFrame, measure: str) -> pd.Series:
     """A measure in per cent with its 95 % interval: `97.1 [96.5, 97.6]`."""
-    ends = (100 * table[[measure, f"{measure}_low", f"{measure}_high"]]).round(1) + 0.0  # no -0.0
-    return pd.Series([f"{mean:.1f} [{low:.1f}, {high:.1f}]" for mean, low, high in ends.to_numpy()], table.index)
+    values = table[[measure, f"{measure}_low", f"{measure}_high"]].to_numpy()
+    return pd.Series([spelled(value) for value in values], table.index)
 
 
 def learners(results: Path) -> pd.DataFrame:

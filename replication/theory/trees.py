@@ -4,6 +4,7 @@ A tree is a language model small enough to enumerate: V tokens, at most H per se
 of one shape are held together, along the leading dimension. Policies are logits (N, S, V). All is float64, in nats.
 """
 
+from collections import namedtuple
 from typing import NamedTuple
 
 import numpy as np
@@ -44,12 +45,7 @@ class Trees(NamedTuple):
         return Trees(self.paths, *(x.repeat_interleave(times, dim=0) for x in self[1:]))
 
 
-class Sequences(NamedTuple):
-    """Each of the L sequences under a policy."""
-
-    logp: Tensor  # log pi(a_t | s_t), (N, L, H), 0 off the mask
-    cost: Tensor  # c(s_t), (N, L, H), 0 off the mask
-    prob: Tensor  # of the sequence, (N, L)
+Sequences = namedtuple("Sequences", "logp cost prob")  # of the L sequences under a policy, as `sequences` says
 
 
 def enumerate_paths(vocab: int, depth: int, eos: bool = True) -> Paths:
@@ -91,7 +87,8 @@ def budget_grid(parameters: dict, limit: float, levels: int | None = None) -> np
 
 
 def sequences(trees: Trees, logits: Tensor) -> Sequences:
-    """Enumerate the policies, (N, S, V); differentiable in them."""
+    """Enumerate the policies, (N, S, V), differentiable in them: log pi(a_t | s_t) and c(s_t), (N, L, H), 0 off the
+    mask, and the probability of each sequence, (N, L)."""
     paths, vocab = trees.paths, logits.shape[-1]
     shape, on = (len(logits), *paths.state.shape), paths.mask != 0
     logp = logits.log_softmax(-1).flatten(1).index_select(1, (paths.state * vocab + paths.action).flatten())
@@ -163,12 +160,9 @@ def tilt(teacher: np.ndarray, values: np.ndarray, kappa: np.ndarray) -> tuple[np
     The maximiser is pi ~ pi_T exp(eta v) with KL = kappa. eta is found by Newton's method inside a bracket, on
     sqrt(2 KL) for small kappa and else on the logit of KL / max KL: each is nearly linear in eta there.
 
-    Args:
-        values: v, (V, ...). The teacher's pi_T, (V, ...), and kappa in nats, (...), broadcast to it.
-
-    Returns:
-        A policy with KL <= kappa, (V, ...), what it earns, and an upper bound on what any such policy earns, the dual
-        (log E_T exp(eta v) + kappa) / eta, (...). They hold however far Newton got.
+    Takes v, (V, ...), and the teacher's pi_T, (V, ...), and kappa in nats, (...), broadcast to it. Returns a policy
+    with KL <= kappa, (V, ...), what it earns, and an upper bound on what any such policy earns, the dual
+    (log E_T exp(eta v) + kappa) / eta, (...). They hold however far Newton got.
     """
     kappa = np.broadcast_to(kappa, values.shape[1:])
     low, spread = values.min(0), np.ptp(values, axis=0)
@@ -179,8 +173,7 @@ def tilt(teacher: np.ndarray, values: np.ndarray, kappa: np.ndarray) -> tuple[np
         free = kappa >= most
         root, goal = np.sqrt(2 * kappa), np.log(kappa / (most - kappa))
         lo, hi = np.where(free, ETA_MAX, 0.0), np.full(kappa.shape, ETA_MAX)
-        mean = (teacher * unit).sum(0)
-        eta = np.minimum(root / np.sqrt((teacher * unit**2).sum(0) - mean**2), ETA_MAX)
+        eta = np.minimum(root / np.sqrt((teacher * unit**2).sum(0) - (teacher * unit).sum(0) ** 2), ETA_MAX)
         eta = np.where(free, ETA_MAX, np.where(np.isfinite(eta), eta, 1.0))
         for _ in range(12):
             weight = teacher * np.exp(eta * (unit - 1))
@@ -215,14 +208,11 @@ def _tilted(teacher: np.ndarray, unit: np.ndarray, eta: np.ndarray) -> tuple[np.
 def budgeted_values(trees: Trees, grid: np.ndarray, bound: str = "lower", price: ArrayLike | None = None) -> np.ndarray:
     """V(s, z) by backward recursion (section 5): (N, S + L, K): states, then the ends at -1 - l as in `Paths.child`.
 
-    A state that has z_j may leave z_r <= z_j to its children, and spends kappa = z_j - z_r on its own tilt. `lower`
-    leaves levels of the grid alone: the value of a policy that exists and never violates. `upper` rounds the remainder
-    up to the next level: no policy that satisfies the constraint earns more. The optimum lies between.
-
-    Args:
-        grid: budgets in nats, ascending from 0, (K,).
-        price: lambda, a number or (N,): solve the hinge form max E[R - lambda max(0, C - z)] instead; beyond the budget
-            it is the soft Lagrangian, whose value is known.
+    `grid`: budgets in nats, ascending from 0, (K,). A state that has z_j may leave z_r <= z_j to its children, and
+    spends kappa = z_j - z_r on its own tilt. `lower` leaves levels of the grid alone: the value of a policy that exists
+    and never violates. `upper` rounds the remainder up to the next level: no policy that satisfies the constraint earns
+    more. With `price`, lambda, a number or (N,), it solves the hinge form max E[R - lambda max(0, C - z)] instead;
+    beyond the budget that is the soft Lagrangian, whose value is known.
     """
     child, teacher = trees.paths.child.numpy(), trees.teacher.exp().numpy()
     number, states, _ = teacher.shape
@@ -252,10 +242,8 @@ def budgeted_values(trees: Trees, grid: np.ndarray, bound: str = "lower", price:
 
 def budgeted_policy(trees: Trees, grid: np.ndarray, values: np.ndarray, level: int) -> tuple[Tensor, np.ndarray]:
     """The policy that attains the `values` of `budgeted_values(trees, grid)` from the budget grid[level] on, logits
-    (N, S, V), and the price of a nat at each state, 1 / eta = dV(s, z) / dz, (N, S).
-
-    The policy does not see z: what remains at a state follows from the state (section 2).
-    """
+    (N, S, V), and the price of a nat at each state, 1 / eta = dV(s, z) / dz, (N, S). The policy does not see z: what
+    remains at a state follows from the state (section 2)."""
     child, teacher = trees.paths.child.numpy(), trees.teacher.exp().numpy()
     policy, price = np.empty_like(teacher), np.zeros(teacher.shape[:2])
     has = np.full(values.shape[:2], level)  # z on arrival, as a level of the grid

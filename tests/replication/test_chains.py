@@ -70,7 +70,7 @@ def test_missing_steps_cost_nothing_and_change_nothing():
     for optimum, strength in ((ceiling.soft_optimum, 0.5), (ceiling.budgeted_optimum, 0.3)):
         narrow = optimum(P[2:3, :2], strength)
         assert optimum(wide, strength) == pytest.approx(np.concatenate([narrow, np.ones((1, 2))], axis=1))
-    assert ceiling.chains([[0.5], [0.5, 0.2]]).tolist() == [[0.5, 1.0], [0.5, 0.2]]
+    assert ceiling.by_design([0.5, 0.2], [1, 2]).tolist() == [[0.5, 1.0], [0.5, 0.5], [0.8, 1.0], [0.8, 0.8]]
 
 
 def test_no_policy_on_chains_beats_the_ceiling_and_the_budgeted_one_keeps_its_budget():
@@ -86,9 +86,10 @@ def test_no_policy_on_chains_beats_the_ceiling_and_the_budgeted_one_keeps_its_bu
 
 def test_a_contest_needs_prompts_that_differ_and_a_teacher_that_slips():
     task = read_yaml(ROOT / "params.yaml")["task"]
-    p = ceiling.by_design(task["slips"], task["steps"])
-    assert p.shape == (len(task["slips"]) * len(task["steps"]), max(task["steps"]))
-    table = ceiling.contests(p, task["slips"], task["steps"]).set_index(["experiment", "budget"])
+    slips, steps = task["slips"].values(), task["steps"]
+    p = ceiling.by_design(slips, steps)
+    assert p.shape == (len(slips) * len(steps), max(steps))
+    table = ceiling.contests(p, slips, steps).set_index(["experiment", "budget"])
     pd.testing.assert_frame_equal(table.loc["measured"], table.loc["design"])
     gaps = table["gap"].xs(0.5, level="budget")
     assert 0.06 < gaps["design"] < 0.08

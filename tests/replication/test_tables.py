@@ -285,7 +285,7 @@ def test_an_ablation_is_compared_with_the_run_that_it_changes():
 
 def test_a_valid_derivation_wins_and_two_alike_tie():
     table = completions(cmdp={"valid": 1.0}, grpo={"valid": 0.0}, gkd={"valid": 1.0})
-    found = tables.wins(table, ["grpo", "gkd"], ["cmdp"]).set_index("baseline")
+    found = tables.wins(table, [("cmdp", "grpo"), ("cmdp", "gkd")]).set_index("baseline")
     assert tuple(found.loc["grpo", ["win_rate", "ties"]]) == (1.0, 0.0)
     assert tuple(found.loc["gkd", ["win_rate", "ties"]]) == (0.5, 1.0)
 
