@@ -53,7 +53,7 @@ def ceiling(folder: Path | None, prompts: int, samples: int, split: str | None, 
         experiment, run, seed = train.trained(folder, **changes)
         pair, name = train.load_trained(experiment, run, seed, folder), f"ceiling-{run}-{seed}"
     else:
-        experiment = distill.experiment(*distill.parse(["--budget", "inf", *words]))
+        experiment = distill.experiment(*distill.parse(["--budget", "1", *words]))  # which nothing reads
         experiment.evaluate = train.Evaluation(prompts, samples, experiment.evaluate.batch_size, split or "train")
         pair = models.load_pair(experiment.student, experiment.teacher, experiment.train.get("use_cpu", False))
         name = "ceiling"
@@ -121,7 +121,7 @@ def main() -> None:
         add[name]("overrides", nargs="*", help="section.field=value, in place of what the file says")
     add["train"]("--run", action="append", help="a run of the file (all); may be given again")
     add["train"]("--seed", action="append", type=int, help="a seed (all of the file's)")
-    add["evaluate"]("folder", type=Path, help="a trained student: models/default/cmdp-adaptive/0")
+    add["evaluate"]("folder", type=Path, help="a trained student: models/NAME/cmdp-chance/0")
     for name in ("prompts", "samples", "batch_size"):
         add["evaluate"](f"--{name}", type=int, help="as in training unless given")
     add["evaluate"]("--split", help="test, train, ...")
@@ -132,7 +132,7 @@ def main() -> None:
     add["prune"]("model", help="a Hub id, a local folder or a GGUF file")
     add["prune"]("target", type=Path, help="a new folder")
     add["prune"]("--without", type=int, nargs="+", required=True, help="layers, counted from 0")
-    add["export"]("folder", type=Path, help="a trained student: models/default/cmdp-adaptive/0")
+    add["export"]("folder", type=Path, help="a trained student: models/NAME/cmdp-chance/0")
     add["export"]("target", type=Path, help="a new folder")
     add["export"]("--merge", action="store_true", help="merge a LoRA adapter into its base model")
     add["judge"]("a", type=Path, help="completions of run A: a CSV with prompt, completion[, sample]")

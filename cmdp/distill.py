@@ -35,7 +35,7 @@ class Distill:
     teacher: str = _option("The same; it has the student's tokenizer.")
     dataset: str = _option("JSONL, JSON, parquet or CSV; a folder with train.* and test.*; a Hub id[:configuration].")
     reward: str = _option("gsm8k, math, exact, or PATH.py:function with TRL's signature and values in [0, 1].")
-    method: str = _option("A method of cmdp.methods.", default="cmdp-adaptive")
+    method: str = _option("A method of cmdp.methods.", default="cmdp-chance")
     output: str | None = _option("Name in models/ and results/: STUDENT-DATASET unless given.", default=None)
     lora: bool = _option("Train a LoRA adapter, not all weights.", default=False)
     lora_r: int = _option("Its rank.", default=16)

@@ -9,6 +9,7 @@ import pytest
 from test_train import command, small  # noqa: F401
 
 from cmdp import distill, tasks, train
+from cmdp.methods import METHODS
 from cmdp.models import load_tokenizer
 from cmdp.tasks import arithmetic
 
@@ -63,16 +64,16 @@ def problems(name: str, **settings) -> dict:
 def test_own_data_and_reward_are_trained_measured_and_exported(own, monkeypatch, capsys):
     own("--reward", "rewards.py:ends", "--lora", "--lora-r", "2", "--output", "mine")
     said = capsys.readouterr().out
-    folder = Path("models/mine/cmdp-adaptive/0")
+    folder = Path("models/mine/cmdp-chance/0")
     assert "results/mine/summary.csv" in said
     assert f"The student is in {folder}" in said
     assert {"accuracy", "csr", "cost"} <= set(said.split())
     record = json.loads((folder / "cmdp.json").read_text())
-    assert record["settings"]["csr_target"] == 0.98
+    assert record["settings"]["csr_target"] == METHODS["cmdp-chance"]["csr_target"]
     assert record["settings"]["budget"] == 1.5
-    completions = pd.read_csv("results/mine/completions/cmdp-adaptive/0.csv")
+    completions = pd.read_csv("results/mine/completions/cmdp-chance/0.csv")
     assert set(completions["correct"]) <= {0.25, 0.75}  # the reward that was trained on, in evaluation too
-    assert set(pd.read_csv("results/mine/summary.csv")["run"]) == {"sft", "cmdp-adaptive"}
+    assert set(pd.read_csv("results/mine/summary.csv")["run"]) == {"sft", "cmdp-chance"}
     assert "validity" not in set(pd.read_csv("results/mine/summary.csv")["measure"])
     # the same command finds all done; another measurement says the same of the same prompts
     own("--reward", "rewards.py:ends", "--lora", "--lora-r", "2", "--output", "mine")
@@ -98,7 +99,7 @@ def test_the_ceiling_is_measured_before_training_and_the_account_after_it(own, m
     assert prices["plug_in"].is_monotonic_increasing
     assert prices["budget"][0] == 0
     command(monkeypatch, "distill", *words)
-    folder = ["--folder", "models/mine/cmdp-adaptive/0"]
+    folder = ["--folder", "models/mine/cmdp-chance/0"]
     for wrong, message in (
         ([*folder, "--reward", "exact"], "--reward does not go with --folder"),
         ([*folder, "--samples", "1"], "--samples 2 or more"),
@@ -109,7 +110,7 @@ def test_the_ceiling_is_measured_before_training_and_the_account_after_it(own, m
     with pytest.raises(SystemExit, match="prompts, samples and batch_size"):
         command(monkeypatch, "evaluate", folder[1], "--samples", "0")
     command(monkeypatch, "ceiling", *sizes, *folder)
-    found = json.loads(Path("results/mine/ceiling-cmdp-adaptive-0.json").read_text())
+    found = json.loads(Path("results/mine/ceiling-cmdp-chance-0.json").read_text())
     assert found["cost"] == pytest.approx(found["useful"] + found["wasted"])
     with pytest.raises(SystemExit, match="a reward that is 0 or 1"):
         command(monkeypatch, "ceiling", *sizes, *WORDS.split(), "--reward", "rewards.py:ends", "--output", "other")
