@@ -6,6 +6,7 @@ What the Hub is asked for follows HF_HUB_OFFLINE.
 """
 
 import copy
+import inspect
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,6 +254,14 @@ def load_pair(student: str | Path | ModelSpec, teacher: str | Path | ModelSpec, 
 def without_peft(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model that a `PeftModel` wraps, with its adapters; any other model as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def positions(model: PreTrainedModel, attention: torch.Tensor) -> dict[str, torch.Tensor]:
+    """`position_ids` of rows padded on the left, (B, T), where the model learned absolute positions (GPT-2): without
+    them it would count the padding. Empty for rotary positions, to which only differences matter."""
+    rotary = any("rotary" in name for name, _ in model.base_model.named_modules())
+    taken = not rotary and "position_ids" in inspect.signature(model.base_model.forward).parameters
+    return {"position_ids": (attention.cumsum(dim=1) - 1).clamp(min=0)} if taken else {}
 
 
 def check_heads(student, teacher, ids: int, compared: bool, sampled: bool) -> None:

@@ -23,7 +23,7 @@ from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 from cmdp import divergence as divergences
 from cmdp import reward as rewards
 from cmdp.divergence import EXACT, SAMPLED, Head, lm_head
-from cmdp.models import check_heads, load_teacher, tokenise, without_peft
+from cmdp.models import check_heads, load_teacher, positions, tokenise, without_peft
 from cmdp.reward import CREDITS, FORMS, cumulative_cost, trajectory_budget
 
 CHOICES = {
@@ -196,6 +196,7 @@ class CMDPTrainer(GRPOTrainer):
     def _student_pass(self, model, teacher: Tensor, where: Tensor, **call) -> tuple[FusedCausalLMOutput, Tensor]:
         """TRL's fused forward `model(**call)`, None without labels, and the divergence from the teacher, of which
         `teacher` is what `_teacher_pass` gives, at the tokens of `where`, (B, T)."""
+        call |= positions(self._student, call["attention_mask"])
         if not self._sampled:
             inside = functools.partial(self._exact_divergence, teacher, where)
             return self._inside(model, self._student, inside, **call, use_cache=False)
@@ -224,11 +225,12 @@ class CMDPTrainer(GRPOTrainer):
     def _teacher_pass(self, keep: int, **inputs) -> Tensor:
         """The teacher's hidden states at the last `keep` tokens, (B, T, H), or its log-probabilities, (B, T), where the
         divergence is sampled."""
+        model = self.accelerator.unwrap_model(self.teacher)
+        inputs |= positions(model, inputs["attention_mask"])
         with self.accelerator.autocast():
             if self._sampled:
                 labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
                 return self.teacher(**inputs, labels=labels, fused_lm_head=True).log_probs[:, -keep:]
-            model = self.accelerator.unwrap_model(self.teacher)
             output = self._inside(self.teacher, model, model.base_model, **inputs, use_cache=False)
             return output.last_hidden_state[:, -keep - 1 : -1]
 
@@ -366,7 +368,7 @@ class CMDPTrainer(GRPOTrainer):
 
         def student(**call):
             if teacher is None:
-                return model(**call, use_cache=False)
+                return model(**call, **positions(self._student, call["attention_mask"]), use_cache=False)
             passes.append(self._student_pass(model, teacher, charged, **call))
             return passes[0][0]
 

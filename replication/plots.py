@@ -210,8 +210,41 @@ def training(curves: pd.DataFrame, style: Style) -> plt.Figure:
     return _legend(figure, style)
 
 
+def ledger(
+    student, teacher, tokenizer, problem, task, settings: dict, max_completion_length: int, seed: int
+) -> pd.DataFrame:
+    """Sample one completion and account for it token by token: `token`, its `cost`, the `cumulative` cost C_t, the
+    `remaining` budget z_t (nats), and what the `exhausted` and `overshoot` forms of the modified reward pay for it.
+
+    Args:
+        settings: `budget`, `budget_form` and `lam`.
+    """
+    import torch
+
+    from cmdp.evaluation import generate, score
+    from cmdp.reward import cumulative_cost, modified_reward, trajectory_budget
+
+    torch.manual_seed(seed)
+    ids, attention, completion_ids, mask = generate(
+        student, tokenizer, [problem["prompt"]], True, max_completion_length
+    )
+    with torch.no_grad():
+        cost, _, _ = score(student, teacher, len(tokenizer), ids, attention, mask)
+    text = tokenizer.decode(completion_ids[0], skip_special_tokens=True)
+    correct = torch.tensor([float(task.is_correct(text, problem["answer"]))])
+    budget = trajectory_budget(settings["budget"], mask, settings["budget_form"])
+    length, total = int(mask.sum()), cumulative_cost(cost, mask)
+    table = pd.DataFrame({"token": tokenizer.convert_ids_to_tokens(completion_ids[0, :length])})
+    table["cost"], table["cumulative"] = cost[0, :length], total[0, :length]
+    table["remaining"] = budget[0] - total[0, :length]
+    for form in ("exhausted", "overshoot"):
+        paid = modified_reward(correct, cost, mask, budget, lam=settings["lam"], form=form)
+        table[form] = paid.reward[0, :length]
+    return table
+
+
 def token_ledger(ledger: pd.DataFrame, budget: float) -> plt.Figure:
-    """One completion, token by token: its cost, and how the budget ran down (from `evaluation.ledger`)."""
+    """One completion, token by token: its cost, and how the budget ran down (from `ledger`)."""
     size = (0.34 * len(ledger) + 2.5, 4.2)
     figure, (top, bottom) = plt.subplots(2, 1, figsize=size, sharex=True, layout="tight")
     place, left = range(len(ledger)), ledger["remaining"]
