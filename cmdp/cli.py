@@ -98,11 +98,10 @@ def export(folder: Path, target: Path, merge: bool) -> None:
 def judge(a: Path, b: Path, prompt: Path, out: Path, concurrency: int, options: str, **endpoint) -> None:
     """Pairwise reasoning win rate of run A over run B, judged in both orders by a model behind an endpoint."""
     from cmdp import judge
+    from cmdp.storage import named
 
-    try:
+    with named("--options", "takes a JSON object", ValueError):
         endpoint = judge.Endpoint(options=json.loads(options), **endpoint)
-    except ValueError as error:
-        raise ValueError(f"--options takes a JSON object, not {options!r}: {error}.") from error
     tables = [judge.read_completions(path) for path in (a, b)]
     print(json.dumps(judge.judge(*tables, endpoint, prompt.read_text(encoding="utf-8"), out, concurrency), indent=2))
 

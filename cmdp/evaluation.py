@@ -43,9 +43,8 @@ def evaluate(
             indices = order[start : start + batch_size]
             columns = {key: [problems[index][key] for index in indices] for key in problems[0]}
             prompts = columns.pop("prompt")
-            ids, attention, completion_ids, mask = generate(
-                student, tokenizer, prompts, decoding == "sampled", max_completion_length
-            )
+            how = decoding == "sampled", max_completion_length
+            ids, attention, completion_ids, mask = generate(student, tokenizer, prompts, *how)
             ended = (_is_end(student, tokenizer, completion_ids) * mask).any(dim=1)
             cost, entropy, _ = score(student, teacher, len(tokenizer), ids, attention, mask)
             texts = tokenizer.batch_decode(completion_ids.masked_fill(mask == 0, tokenizer.pad_token_id), True)

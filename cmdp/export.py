@@ -13,9 +13,8 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from cmdp.models import ModelSpec, load_base
-from cmdp.storage import named, read, whole, write_json
+from cmdp.storage import RECORD, named, read, read_record, whole, write_json
 
-RECORD = "cmdp.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 COPIED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")  # weights, configurations, tokenizers
 
@@ -31,9 +30,7 @@ def export(run: Path, target: Path, merge: bool = False) -> None:
     run, target = Path(run), Path(target)
     if target.exists():
         raise ValueError(f"{target} exists already: name a new folder.")
-    if not (run / RECORD).is_file():
-        raise FileNotFoundError(f"There is no {RECORD} in {run}: name the folder of a student that `cmdp train` saved.")
-    record, adapter = read(run / RECORD), (run / ADAPTER[0]).is_file()
+    record, adapter = read_record(run), (run / ADAPTER[0]).is_file()
     if not any(run.glob(ADAPTER[1] if adapter else "model*.safetensors")):
         raise FileNotFoundError(f"There are no weights in safetensors in {run}.")
     base = ModelSpec(record["student"], gguf_file=record.get("gguf_file"), revision=record.get("revision"))

@@ -18,7 +18,7 @@ import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from cmdp.storage import named, whole
+from cmdp.storage import named, one_line, whole
 
 LORA = {"r": 16, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear"}
 
@@ -325,7 +325,7 @@ def _found(spec: ModelSpec, kind, **options):
         return kind.from_pretrained(**spec.where(), trust_remote_code=False, **options)
     except Exception as error:
         if Path(spec.model).exists() or not isinstance(error, OSError):
-            raise ValueError(f"{spec.model} cannot be read: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{spec.model} cannot be read: {one_line(error)}") from error
         hint = "HF_HUB_OFFLINE is set: unset it to download it" if offline() else str(error).partition("\n")[0]
         raise FileNotFoundError(f"There is no local folder {spec.model}, nor a model of this name: {hint}.") from error
 

@@ -30,7 +30,7 @@ from cmdp.statistics import summarise
 from cmdp.tasks import load_problems, load_task, reward
 
 MODELS, RESULTS = Path("models"), Path("results")
-RECORD, TRAINING = "cmdp.json", "training.csv"  # beside a trained student's weights
+TRAINING = "training.csv"  # the log, beside a trained student's weights
 PHASES = ("time/generation", "time/scoring", "time/update")  # of a step, seconds
 LOGGED = (  # columns of a training log that depend on the seed alone
     *("step", "task_reward", "modified_reward", "csr", "cost/mean", "cost/q50", "cost/q90", "kl_per_token"),
@@ -206,6 +206,7 @@ def distil(
         The log: a dict per step.
     """
     from datasets import Dataset
+    from transformers.utils.import_utils import is_in_notebook
     from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 
     from cmdp.trainer import CMDPTrainer
@@ -225,29 +226,20 @@ def distil(
         trainer = CMDPTrainer(student, teacher, task_reward, config, **data)
     if method in TRL:  # which would start a text twice that brings BOS along
         trainer._tokenize_prompts = lambda prompts: (tokenise(tokenizer, prompts), None, {})
-    trainer.add_callback(_progress_bar())
+    if is_in_notebook() or sys.stderr.isatty():
+        trainer.add_callback(_progress_bar())
     return run_trainer(trainer, resume)
 
 
 def _progress_bar():
-    """A callback that shows steps, the time left, CSR and task reward, on a terminal and in notebooks."""
-    from tqdm.auto import tqdm
-    from transformers import TrainerCallback
-    from transformers.utils.import_utils import is_in_notebook
+    """A callback that shows steps, the time left, CSR and task reward."""
+    from transformers.trainer_callback import ProgressCallback
 
-    class Bar(TrainerCallback):
-        def on_train_begin(self, args, state, control, **_):
-            hidden = not (state.is_world_process_zero and (is_in_notebook() or sys.stderr.isatty()))
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", disable=hidden)
-
-        def on_step_end(self, args, state, control, **_):
-            self.bar.update(state.global_step - self.bar.n)
-
+    class Bar(ProgressCallback):
         def on_log(self, args, state, control, logs, **_):
-            self.bar.set_postfix({name: f"{logs[name]:.3f}" for name in ("csr", "task_reward") if name in logs})
-
-        def on_train_end(self, args, state, control, **_):
-            self.bar.close()
+            if state.is_world_process_zero:
+                shown = {name: f"{logs[name]:.3f}" for name in ("csr", "task_reward") if name in logs}
+                self.training_bar.set_postfix(shown)
 
     return Bar()
 
@@ -319,7 +311,7 @@ def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -
         `cmdp.json` (what it was trained with, and on).
 
     Raises:
-        ValueError: no such run, different vocabularies, no prompt short enough, or too little memory.
+        ValueError: different vocabularies, no prompt short enough, or too little memory.
     """
     import torch
     from accelerate import PartialState
@@ -327,8 +319,6 @@ def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -
 
     from cmdp.memory import GIB, taken
 
-    if run not in experiment.runs:
-        raise ValueError(f"The experiment {experiment.name} has no run {run!r}. It has: {', '.join(experiment.runs)}.")
     storage.check_names(str(seed))
     method, settings = experiment.runs[run]["method"], experiment.settings(run, seed)
     folder, use_cpu = experiment.folder(run, seed), settings.get("use_cpu", False)
@@ -366,7 +356,7 @@ def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -
             student.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
             storage.write_table(pd.DataFrame(log or {"step": []}).sort_index(axis=1), unfinished / TRAINING)
-            storage.write_json(record, unfinished / RECORD)
+            storage.write_json(record, unfinished / storage.RECORD)
             if (checkpoints / "runs").is_dir():  # TensorBoard's
                 (checkpoints / "runs").rename(unfinished / "runs")
         storage.drop(checkpoints)
@@ -397,14 +387,10 @@ def load_trained(experiment: Experiment, run: str, seed: int, folder: Path | Non
     """(student, teacher, tokenizer) of a trained run, saved in its own folder unless in `folder`. Raises
     `FileNotFoundError` if it has not been trained."""
     folder, student = folder or experiment.folder(run, seed), experiment.student
-    if not (folder / RECORD).is_file():
-        raise FileNotFoundError(f"There is no trained student at {folder}: train {run} with seed {seed} first.")
-    if student.trains_adapter:
-        student = dataclasses.replace(student, adapter=str(folder), lora=None)
-    else:
-        student = ModelSpec(str(folder))
-    student, teacher, tokenizer = load_pair(student, experiment.teacher, experiment.train.get("use_cpu", False))
-    return student.get_base_model() if hasattr(student, "get_base_model") else student, teacher, tokenizer
+    storage.read_record(folder)
+    adapted = dataclasses.replace(student, adapter=str(folder), lora=None)
+    student = adapted if student.trains_adapter else ModelSpec(str(folder))
+    return load_pair(student, experiment.teacher, experiment.train.get("use_cpu", False))
 
 
 def measure(experiment: Experiment, pair: tuple, seed: int, problems: list[dict] | None = None, **changes) -> tuple:
@@ -458,7 +444,7 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
         record["measured"] = summary.set_index("measure")[["mean", "low", "high"]].to_dict("index")
         record["measured"] |= {"prompts": completions["prompt"].nunique(), "seeds": 1}
         storage.write_json(record["memory"], results / "memory" / run / f"{seed}.json")
-        storage.write_json(record, folder / RECORD)
+        storage.write_json(record, folder / storage.RECORD)
         print(f"{run}, seed {seed}: weights in {folder}, completions in {results}/completions/{run}/{seed}.csv")
         release_memory(pair)
     summary = summarise(gather(results, "completions"), **vars(experiment.budget))
@@ -473,14 +459,10 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
 def trained(folder: Path, **changes) -> tuple[Experiment, str, int]:
     """(experiment, run, seed) of the trained student in `folder`, from what cmdp.json beside it says. `changes` are
     fields of `Evaluation`, None for those to leave. Raises `FileNotFoundError` if there is no such student."""
-    if not (folder / RECORD).is_file():
-        raise FileNotFoundError(f"There is no {RECORD} in {folder}: name the folder of a trained student.")
-    record = storage.read(folder / RECORD)
-    if "experiment" not in record:
-        raise ValueError(f"{folder / RECORD} does not say what to measure: train the student with this version.")
+    record = storage.read_record(folder)
     content = record["experiment"]
     content["evaluate"] |= {name: value for name, value in changes.items() if value is not None}
-    return build(content, str(folder / RECORD)), record["run"], record["seed"]
+    return build(content, str(folder / storage.RECORD)), record["run"], record["seed"]
 
 
 def evaluate(folder: Path, **changes) -> pd.DataFrame:
