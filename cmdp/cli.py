@@ -1,6 +1,7 @@
 """The `cmdp` command: distil, train and measure students, fit them into memory, prune, export and judge them."""
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -11,9 +12,12 @@ from pathlib import Path
 def distill(words: list[str]) -> None:
     """Distil a teacher into a student on a dataset of your own, and measure both ends (`cmdp distill --help`)."""
     from cmdp import distill
-    from cmdp.train import run_all
+    from cmdp.train import changed, run_all
 
     experiment = distill.experiment(*distill.parse(words))
+    for run, seed in itertools.product(experiment.runs, experiment.seeds):
+        if other := changed(experiment, run, seed):
+            raise ValueError(f"{experiment.folder(run, seed)} was trained with {other}. Give another --output.")
     run_all(experiment, [*experiment.runs], experiment.seeds)
     run = [*experiment.runs][-1]
     folder = experiment.folder(run, experiment.seeds[0])

@@ -325,14 +325,17 @@ def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -
     specs, name = (experiment.student, experiment.teacher), f"{experiment.name}/{run}/{seed}"
     check_machine(settings, folder, storage.CHECKPOINTS)
     problems, task = experiment.problems("train", shared_tokenizer(*specs)), load_task(experiment.task["name"])
+    files = [file for spec in specs for file in spec.files()] + getattr(task, "files", [])
     first = {key: [value] for key, value in problems[0].items()}
     reward(task)([""], prompts=first.pop("prompt"), **first)  # raises before weights are read
-    made_from = {"method": method, "settings": settings, "problems": problems, "models": [*map(vars, specs)]}
-    made_by = storage.fingerprint(made_from, [file for spec in specs for file in spec.files()])
-    if (folder / RECORD).is_file() and storage.read(folder / RECORD).get("fingerprint") == made_by:
-        print(f"{folder} is finished.")
-        storage.drop(storage.CHECKPOINTS / name)  # of a run that was killed before it did
-        return folder
+    made_from = {"method": method, "settings": settings if method != START else {}, "reward": experiment.task["name"]}
+    made_by = storage.fingerprint(made_from | {"problems": problems, "models": [*map(vars, specs)]}, files)
+    if (folder / storage.RECORD).is_file():
+        if storage.read_record(folder).get("fingerprint") == made_by:
+            print(f"{folder} is finished.")
+            storage.drop(storage.CHECKPOINTS / name)  # of a run that was killed before it did
+            return folder
+        print(f"{folder} was trained with {changed(experiment, run, seed) or 'other inputs or code'}: it is replaced.")
     main, together = int(os.environ.get("RANK", "0")) == 0, int(os.environ.get("WORLD_SIZE", "1")) > 1
     with storage.locked(name) if main else contextlib.nullcontext():
         with PartialState(cpu=use_cpu).main_process_first() if together else contextlib.nullcontext():
@@ -361,6 +364,18 @@ def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -
                 (checkpoints / "runs").rename(unfinished / "runs")
         storage.drop(checkpoints)
     return folder
+
+
+def changed(experiment: Experiment, run: str, seed: int) -> str:
+    """What the student in a run's folder was trained with and `experiment` does not say: "budget.budget=2.0, not 1.0";
+    "" where there is no such student, or nothing. What is measured of it does not count."""
+    if not (path := experiment.folder(run, seed) / storage.RECORD).is_file():
+        return ""
+    names = ["student", "teacher", "task", *["budget", "train"] * (experiment.runs[run]["method"] != START)]
+    both = storage.read(path)["experiment"], dataclasses.asdict(experiment)
+    both = ({name: said[name] for name in names} | {"runs": said["runs"][run]} for said in both)
+    old, new = (pd.json_normalize(said).iloc[0].map(str).to_dict() for said in both)
+    return next((f"{x}={old.get(x)}, not {new.get(x)}" for x in old | new if old.get(x) != new.get(x)), "")
 
 
 def fit(experiment: Experiment, run: str) -> dict[str, Any]:
@@ -425,13 +440,17 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
             train(experiment, *each)
         return
     check_machine({}, results)
+    tokenizer = shared_tokenizer(experiment.student, experiment.teacher)
+    problems = experiment.problems(experiment.evaluate.split, tokenizer)[: experiment.evaluate.prompts]
+    asked = {"problems": problems, "evaluate": experiment.evaluate, "budget": experiment.budget}
+    asked |= {"length": experiment.train.get("max_completion_length")}
     for run, seed in every:
         folder = train(experiment, run, seed)
-        record = storage.read(folder / RECORD)
-        if record["measured"] and (results / "completions" / run / f"{seed}.csv").is_file():
+        record = storage.read_record(folder)
+        measured_by = storage.fingerprint(asked | {"student": record["fingerprint"]}, [])
+        if record.get("measured_by") == measured_by and (results / "completions" / run / f"{seed}.csv").is_file():
             continue
         pair = load_trained(experiment, run, seed)
-        problems = experiment.problems(experiment.evaluate.split, pair[-1])[: experiment.evaluate.prompts]
         completions, positions = measure(experiment, pair, seed, problems)
         texts = completions.query("decoding == 'sampled'")[["prompt", "completion"]]
         texts = texts.assign(prompt=[problems[index]["prompt"] for index in texts["prompt"]])  # what `judge` reads
@@ -443,6 +462,8 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
         summary = summarise(tables["completions"].assign(run=run, seed=seed), **vars(experiment.budget))
         record["measured"] = summary.set_index("measure")[["mean", "low", "high"]].to_dict("index")
         record["measured"] |= {"prompts": completions["prompt"].nunique(), "seeds": 1}
+        record |= {"measured_by": measured_by, "experiment": dataclasses.asdict(experiment)}
+        record["settings"] |= experiment.settings(run, seed)  # of a student before training: the budget, say
         storage.write_json(record["memory"], results / "memory" / run / f"{seed}.json")
         storage.write_json(record, folder / storage.RECORD)
         print(f"{run}, seed {seed}: weights in {folder}, completions in {results}/completions/{run}/{seed}.csv")

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from test_train import command, small  # noqa: F401
 
-from cmdp import distill, tasks, train
+from cmdp import distill, models, tasks, train
 from cmdp.methods import METHODS
 from cmdp.models import load_tokenizer
 from cmdp.tasks import arithmetic
@@ -116,6 +116,69 @@ def test_the_ceiling_is_measured_before_training_and_the_account_after_it(own, m
         command(monkeypatch, "ceiling", *sizes, *WORDS.split(), "--reward", "rewards.py:ends", "--output", "other")
 
 
+def test_other_settings_do_not_replace_a_student_and_another_measurement_trains_none(own, monkeypatch, capsys):
+    words = ["--reward", "rewards.py:ends", "--output", "mine"]
+    own(*words)
+    folder, results = Path("models/mine/cmdp-chance/0"), Path("results/mine/completions")
+    weights = (folder / "model.safetensors").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(models, "load_base", lambda *_: pytest.fail("weights were loaded"))
+        for more, said in (
+            (
+                ["--budget", "0.5"],
+                r"cmdp-chance/0 was trained with budget\.budget=1\.5, not 0\.5\. Give another --output",
+            ),
+            (["--learning_rate", "0.1"], r"train\.learning_rate=None, not 0\.1"),
+            (
+                ["--reward", "rewards.py:raises"],
+                r"sft/0 was trained with task\.name=rewards\.py:ends, not rewards\.py:r",
+            ),
+            (["--teacher", "student"], r"sft/0 was trained with teacher\.model=teacher, not student"),
+        ):
+            with pytest.raises(SystemExit, match=said) as raised:
+                own(*words, *more)
+            assert "\n" not in str(raised.value)
+    capsys.readouterr()
+    own(*words, "--samples", "3")
+    assert capsys.readouterr().out.count("is finished") == 2
+    for run in ("sft", "cmdp-chance"):
+        assert len(pd.read_csv(results / run / "0.csv")) == 3 * (3 + 1)
+    assert json.loads((folder / "cmdp.json").read_text())["experiment"]["evaluate"]["samples"] == 3
+    assert (folder / "model.safetensors").read_bytes() == weights
+    # the student before training serves every budget, at which it is measured
+    own(*words, "--samples", "3", "--method", "gkd", "--budget", "1e9")
+    record = json.loads(Path("models/mine/sft/0/cmdp.json").read_text())
+    assert (record["settings"]["budget"], record["measured"]["csr"]["mean"]) == (1e9, 1.0)
+    # the same words over other data: it is trained again, and said so
+    Path("rewards.py").write_text(REWARDS.replace("0.25", "0.125"))
+    capsys.readouterr()
+    own(*words, "--samples", "3")
+    assert f"{folder} was trained with other inputs or code: it is replaced" in capsys.readouterr().out
+    assert set(pd.read_csv(results / "cmdp-chance/0.csv")["correct"]) <= {0.125, 0.625}
+
+
+def test_a_reward_that_teaches_nothing_is_said_early_and_at_the_end(own, capsys):
+    words = ["--reward", "exact", "--answer_column", "target", "--max_steps", "11", "--save_steps", "50"]
+    own(*words, "--no_before")
+    said = capsys.readouterr().err
+    assert "In 10 steps all completions of a prompt earned the same reward" in said
+    assert "In 11 steps all completions of a prompt earned the same reward" in said
+    own(*words, "--no_before", "--method", "gkd")  # which asks for none
+    assert "earned the same" not in capsys.readouterr().err
+    Path("any.py").write_text("def vary(completions, **columns): return [len(set(x)) % 5 / 5 for x in completions]")
+    own("--reward", "any.py:vary", "--no_before", "--output", "other")
+    assert "earned the same" not in capsys.readouterr().err
+
+
+def test_a_file_of_rewards_runs_once_until_it_changes(own, tmp_path):
+    text = f"open({str(tmp_path / 'runs')!r}, 'a').write('x')\n" + REWARDS
+    for runs in (1, 2):
+        Path("counted.py").write_text(text + "\n" * runs)
+        for name in ("ends", "raises"):
+            tasks.load_task(f"counted.py:{name}")
+        assert len((tmp_path / "runs").read_text()) == runs
+
+
 def test_keys_come_from_a_file_and_the_command_line_wins(own):
     Path("keys.yaml").write_text(
         "student: a\nteacher: b\ndataset: c\nreward: gsm8k\nbudget: 0.15\nteacher_4bit: true\n"
@@ -175,8 +238,6 @@ def test_settings_of_the_method_are_not_asked_of_the_student_before_training(own
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_before_weights_load(own, monkeypatch, words, message):
-    from cmdp import models
-
     monkeypatch.setattr(models, "load_base", lambda *_: pytest.fail("weights were loaded"))
     Path("broken.py").write_text("def ends(:")
     Path("wrong.yaml").write_text("stundent: 3")
