@@ -38,7 +38,7 @@ def evaluate(folder: Path, **changes) -> None:
     """Measure a trained student again, with its teacher, as cmdp.json beside it says."""
     import cmdp.train
 
-    print(cmdp.train.evaluate(folder, **changes).drop(columns="seeds").to_string(index=False))
+    cmdp.train.evaluate(folder, **changes)
 
 
 def ceiling(folder: Path | None, prompts: int, samples: int, split: str | None, words: list[str]) -> None:

@@ -99,4 +99,4 @@ def experiment(options: Distill, settings: dict[str, Any]) -> train.Experiment:
     runs = ({START: {"method": START}} if options.before else {}) | {options.method: {"method": options.method}}
     content = {"name": name, "task": task, "student": student, "teacher": teacher, "budget": budget, "runs": runs}
     content |= {"seeds": [int(settings.pop("seed", 0))], "train": settings, "evaluate": measured}
-    return train.build(content, "cmdp distill")
+    return train.build(content, "the keys")

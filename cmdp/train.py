@@ -266,6 +266,8 @@ def run_trainer(trainer, resume: bool) -> list[dict]:
             state.log_history[-1]["seconds"] = time.monotonic() - self.start
             if "train_runtime" in logs:  # a summary of this part alone
                 state.log_history.pop()
+            if len(state.log_history) == 10 < state.max_steps or "train_runtime" in logs:  # early, and at the end
+                nothing_to_learn(args, state)
 
         def on_step_end(self, args, state, control, **_):
             rollout = getattr(args, "steps_per_generation", 1) * getattr(args, "num_iterations", 1)
@@ -298,6 +300,14 @@ def run_trainer(trainer, resume: bool) -> list[dict]:
     if keeper.stopped and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}: the same command resumes there")
     return trainer.state.log_history
+
+
+def nothing_to_learn(args, state) -> None:
+    """Say so if in every step logged so far all completions of a prompt earned the same, and the reward counts."""
+    equal = [row["frac_reward_zero_std"] for row in state.log_history if "frac_reward_zero_std" in row]
+    if equal and min(equal) == 1 and getattr(args, "task_weight", 1) and state.is_world_process_zero:
+        said = "all completions of a prompt earned the same reward: it taught nothing. Is it the right one?"
+        print(f"In {state.global_step} steps {said}", file=sys.stderr)
 
 
 def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -> Path:
@@ -468,13 +478,15 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
         storage.write_json(record, folder / storage.RECORD)
         print(f"{run}, seed {seed}: weights in {folder}, completions in {results}/completions/{run}/{seed}.csv")
         release_memory(pair)
-    summary = summarise(gather(results, "completions"), **vars(experiment.budget))
+    completions = gather(results, "completions")
+    summary = summarise(completions, **vars(experiment.budget))
+    means = summary.pivot(index="run", columns="measure", values="mean")[["accuracy", "csr", "cost", "kl_per_token"]]
     storage.write_table(summary, results / "summary.csv")
     times = gather(results, "training").reindex(columns=["run", *PHASES]).groupby("run", sort=False).median()
     storage.write_table(times.reset_index(), results / "timing.csv")
     storage.write_json(storage.provenance(), results / "provenance.json")
     storage.write_text(yaml.safe_dump(dataclasses.asdict(experiment), sort_keys=False), results / "profile.yaml")
-    print(f"Summary of {summary['run'].nunique()} runs: {results}/summary.csv\n{shown(summary)}")
+    print(f"Summary of {summary['run'].nunique()} runs: {results}/summary.csv\n{shown(means, completions)}")
 
 
 def trained(folder: Path, **changes) -> tuple[Experiment, str, int]:
@@ -487,17 +499,20 @@ def trained(folder: Path, **changes) -> tuple[Experiment, str, int]:
 
 
 def evaluate(folder: Path, **changes) -> pd.DataFrame:
-    """Measure a trained student again, see `trained`. Returns the means, as `summarise`. Raises `ValueError` for a
-    split that there is not."""
+    """Measure a trained student again, see `trained`. Prints and returns the means, as `summarise`. Raises `ValueError`
+    for a split that there is not."""
     experiment, run, seed = trained(folder, **changes)
     completions, _ = measure(experiment, load_trained(experiment, run, seed, folder), seed)
-    return summarise(completions.assign(run=run, seed=seed), **vars(experiment.budget))
+    summary = summarise(completions.assign(run=run, seed=seed), **vars(experiment.budget))
+    print(shown(summary.drop(columns=["run", "seeds"]).set_index("measure"), completions))
+    return summary
 
 
-def shown(summary: pd.DataFrame) -> str:
-    """The means that decide between runs, as a table: a row per run."""
-    means = summary.pivot(index="run", columns="measure", values="mean")
-    return means[["accuracy", "csr", "cost", "kl_per_token"]].to_string(float_format="{:.3f}".format)
+def shown(table: pd.DataFrame, completions: pd.DataFrame) -> str:
+    """A table as it is printed: accuracy is called mean_reward, unless every reward is 0 or 1."""
+    word = "accuracy" if completions["correct"].isin([0, 1]).all() else "mean_reward"
+    names = dict.fromkeys(("index", "columns"), lambda name: name.replace("accuracy", word))
+    return table.rename(**names).to_string(float_format="{:.3f}".format)
 
 
 def gather(results: Path, table: str) -> pd.DataFrame:

@@ -67,7 +67,9 @@ def test_own_data_and_reward_are_trained_measured_and_exported(own, monkeypatch,
     folder = Path("models/mine/cmdp-chance/0")
     assert "results/mine/summary.csv" in said
     assert f"The student is in {folder}" in said
-    assert {"accuracy", "csr", "cost"} <= set(said.split())
+    assert {"mean_reward", "csr", "cost"} <= set(said.split())  # rewards of 0.25 and 0.75
+    assert "accuracy" not in said
+    assert set(pd.read_csv("results/mine/summary.csv")["measure"]) >= {"accuracy", "greedy_accuracy"}
     record = json.loads((folder / "cmdp.json").read_text())
     assert record["settings"]["csr_target"] == METHODS["cmdp-chance"]["csr_target"]
     assert record["settings"]["budget"] == 1.5
@@ -81,6 +83,7 @@ def test_own_data_and_reward_are_trained_measured_and_exported(own, monkeypatch,
     folder.rename("moved")
     command(monkeypatch, "evaluate", "moved")
     table = capsys.readouterr().out
+    assert {"mean_reward", "greedy_mean_reward", "mean_reward_within"} <= set(table.split())
     assert f"{record['measured']['accuracy']['mean'] if record['measured'] else 0.25:.2f}"[:4] in table
     again = train.evaluate(Path("moved")).set_index("measure")["mean"]
     for measure in ("accuracy", "csr", "cost"):
@@ -212,8 +215,11 @@ def test_settings_of_the_method_are_not_asked_of_the_student_before_training(own
     [
         ("--reward exact --dataset nowhere.jsonl", "nowhere.jsonl is no file or folder here"),
         ("--reward exact", r"own\.jsonl \(train\), row 1: .*no answer in its columns prompt, target, more"),
-        ("--reward exact --answer_column gold", r"has no column 'gold'\. It has: prompt, target, more"),
-        ("--reward exact --prompt_column text", "has no column 'text'"),
+        (
+            "--reward exact --answer_column gold",
+            r"has no column 'gold'\. It has: prompt, target, more\. .*--answer_column",
+        ),
+        ("--reward exact --prompt_column text", "has no column 'text'.* Name yours by --prompt_column"),
         ("--reward chess", "The task is one of .*not 'chess'"),
         ("--reward rewards.py:nothing", r"rewards\.py has no function 'nothing'\. It has: ends, raises"),
         ("--reward rewards.py:constant", "has no function 'constant'"),
@@ -244,6 +250,7 @@ def test_what_is_wrong_is_said_in_one_line_before_weights_load(own, monkeypatch,
     with pytest.raises(SystemExit, match=message) as raised:
         own(*words.split())
     assert "\n" not in str(raised.value)
+    assert str(raised.value).count("cmdp distill") - str(raised.value).count("cmdp distill --help") == 1
     assert not Path("models").exists()
 
 

@@ -161,7 +161,8 @@ def from_dataset(
         found, columns = [], [*rows[0]] if rows else []
         column = prompt_column or next((name for name in QUESTIONS if name in columns), QUESTIONS[0])
         if missing := [name for name in (column, answer_column) if name and name not in columns]:
-            raise ValueError(f"{where} has no column {missing[0]!r}. It has: {', '.join(columns) or 'no rows'}.")
+            has, name = ", ".join(columns) or "no rows", "prompt" if column in missing else "answer"
+            raise ValueError(f"{where} has no column {missing[0]!r}. It has: {has}. Name yours by --{name}_column.")
         for number, row in enumerate(rows, 1):
             try:
                 if not row[column] or not isinstance(row[column], (str, list)):
