@@ -362,6 +362,7 @@ def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -
             return folder
         record = {"run": run, "method": method, "seed": seed, "settings": settings, "task": experiment.task}
         record |= {"student": specs[0].model, "gguf_file": specs[0].gguf_file, "revision": specs[0].revision}
+        record |= {"student_adapter": specs[0].adapter, "teacher_adapter": specs[1].adapter}
         record |= {"teacher": specs[1].model, "parameters": student.num_parameters()}
         record |= {"memory": memory and memory | {"taken_gib": taken(device) / GIB}, "provenance": storage.provenance()}
         record |= {"experiment": dataclasses.asdict(experiment), "fingerprint": made_by, "measured": None}
