@@ -3,7 +3,9 @@
 import argparse
 import itertools
 import json
+import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -158,7 +160,10 @@ def main() -> None:
 
 
 def call(command: str, function, *arguments, **named) -> None:
-    """Call the function of a command. What a user can mend ends the process in one line, and an interrupt with 130."""
+    """Call the function of a command. What a user can mend ends the process in one line, Ctrl-C or SIGTERM with 130."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    own = logging.getLogger("bitsandbytes.backends.cpu.ops")  # does without a kernel of the Hub, and says so
+    own.addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
     try:
         function(*arguments, **named)
     except KeyboardInterrupt as stopped:
@@ -168,6 +173,8 @@ def call(command: str, function, *arguments, **named) -> None:
         if os.environ.get("CMDP_TRACEBACK"):
             raise
         sys.exit(f"{command}: {error} (CMDP_TRACEBACK=1 shows where)")
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

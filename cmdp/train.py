@@ -246,18 +246,19 @@ def _progress_bar():
 
 def run_trainer(trainer, resume: bool) -> list[dict]:
     """Train, and return the log, whose `seconds` of training add up over resumes. Checkpoints are certified as they are
-    written, never between steps that share a rollout, which a checkpoint lacks. On SIGTERM or Ctrl-C training stops at
-    the next step that can have one, with one, and raises `KeyboardInterrupt`; a second signal stops it at once."""
+    written, never between steps that share a rollout, which a checkpoint lacks. On SIGTERM or Ctrl-C of any process all
+    stop at the next step that can have one, with one, and raise `KeyboardInterrupt`; a second signal stops at once."""
+    import torch
     from transformers import TrainerCallback, TrainerState
     from transformers.trainer_utils import get_last_checkpoint
 
     class Keeper(TrainerCallback):
-        stopped = due = False
+        signals = stopped = due = False
 
         def stop(self, *_):
-            if self.stopped:
+            if self.signals:
                 raise KeyboardInterrupt("stopped at once: the same command resumes from the last checkpoint")
-            self.stopped = True
+            self.signals = True
 
         def on_train_begin(self, args, state, control, **_):
             self.start = time.monotonic() - max((entry["seconds"] for entry in state.log_history), default=0.0)
@@ -270,6 +271,10 @@ def run_trainer(trainer, resume: bool) -> list[dict]:
                 nothing_to_learn(args, state)
 
         def on_step_end(self, args, state, control, **_):
+            signals = torch.tensor(int(self.signals), device=args.device)
+            if args.world_size > 1:  # the processes stop at the same step
+                torch.distributed.all_reduce(signals, torch.distributed.ReduceOp.MAX)
+            self.stopped = bool(signals)
             rollout = getattr(args, "steps_per_generation", 1) * getattr(args, "num_iterations", 1)
             between = state.global_step * args.gradient_accumulation_steps % rollout == 0
             self.due |= control.should_save or self.stopped
