@@ -210,37 +210,19 @@ def training(curves: pd.DataFrame, style: Style) -> plt.Figure:
     return _legend(figure, style)
 
 
-def ledger(
-    student, teacher, tokenizer, problem, task, settings: dict, max_completion_length: int, seed: int
-) -> pd.DataFrame:
-    """Sample one completion and account for it token by token: `token`, its `cost`, the `cumulative` cost C_t, the
-    `remaining` budget z_t (nats), and what the `exhausted` and `overshoot` forms of the modified reward pay for it.
-
-    Args:
-        settings: `budget`, `budget_form` and `lam`.
-    """
+def ledger(student, teacher, tokenizer, problem: dict, budget: float, length: int, seed: int) -> pd.DataFrame:
+    """Sample one completion of at most `length` tokens and account for it: `token`, its `cost`, and what `remaining`
+    (z_t) it leaves of the `budget`, in nats."""
     import torch
 
     from cmdp.evaluation import generate, score
-    from cmdp.reward import cumulative_cost, modified_reward, trajectory_budget
 
     torch.manual_seed(seed)
-    ids, attention, completion_ids, mask = generate(
-        student, tokenizer, [problem["prompt"]], True, max_completion_length
-    )
     with torch.no_grad():
-        cost, _, _ = score(student, teacher, len(tokenizer), ids, attention, mask)
-    text = tokenizer.decode(completion_ids[0], skip_special_tokens=True)
-    correct = torch.tensor([float(task.is_correct(text, problem["answer"]))])
-    budget = trajectory_budget(settings["budget"], mask, settings["budget_form"])
-    length, total = int(mask.sum()), cumulative_cost(cost, mask)
-    table = pd.DataFrame({"token": tokenizer.convert_ids_to_tokens(completion_ids[0, :length])})
-    table["cost"], table["cumulative"] = cost[0, :length], total[0, :length]
-    table["remaining"] = budget[0] - total[0, :length]
-    for form in ("exhausted", "overshoot"):
-        paid = modified_reward(correct, cost, mask, budget, lam=settings["lam"], form=form)
-        table[form] = paid.reward[0, :length]
-    return table
+        ids, attention, completion, mask = generate(student, tokenizer, [problem["prompt"]], True, length)
+        cost = score(student, teacher, len(tokenizer), ids, attention, mask)[0][0, : int(mask.sum())]
+    tokens = tokenizer.convert_ids_to_tokens(completion[0, : len(cost)])
+    return pd.DataFrame({"token": tokens, "cost": cost, "remaining": budget - cost.cumsum(0)})
 
 
 def token_ledger(ledger: pd.DataFrame, budget: float) -> plt.Figure:
