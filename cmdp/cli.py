@@ -21,8 +21,7 @@ def distill(words: list[str]) -> None:
         if other := changed(experiment, run, seed):
             raise ValueError(f"{experiment.folder(run, seed)} was trained with {other}. Give another --output.")
     run_all(experiment, [*experiment.runs], experiment.seeds)
-    run = [*experiment.runs][-1]
-    folder = experiment.folder(run, experiment.seeds[0])
+    folder = experiment.folder(run, seed)  # of the last run: the others are measured beside it
     print(f"The student is in {folder}: cmdp evaluate {folder}, cmdp export {folder} NEW-FOLDER")
 
 

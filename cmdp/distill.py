@@ -31,9 +31,9 @@ class Distill:
     student: str = option(MISSING, "Hub id, local folder or GGUF file.")
     teacher: str = option(MISSING, "The same; it has the student's tokenizer.")
     dataset: str = option(
-        MISSING, "JSONL, JSON, parquet or CSV; a folder with train.* and test.*; a Hub id[:configuration]"
+        MISSING, "JSONL, JSON, parquet, CSV; a folder with train.* and test.*; Hub id[:configuration]."
     )
-    reward: str = option(MISSING, "gsm8k, math, exact (the whole completion is the answer), or PATH.py:function.")
+    reward: str = option(MISSING, "gsm8k, math, exact (all of the completion), PATH.py:function (TRL's, in [0, 1]).")
     method: str = option("cmdp-chance", "A method of cmdp.methods.")
     output: str | None = option(None, "Name in models/ and results/: STUDENT-DATASET unless given.")
     lora: bool = option(False, "Train a LoRA adapter, not all weights.")

@@ -226,20 +226,22 @@ def distil(
         trainer = CMDPTrainer(student, teacher, task_reward, config, **data)
     if method in TRL:  # which would start a text twice that brings BOS along
         trainer._tokenize_prompts = lambda prompts: (tokenise(tokenizer, prompts), None, {})
-    if is_in_notebook() or sys.stderr.isatty():
+    if trainer.is_world_process_zero() and (is_in_notebook() or sys.stderr.isatty()):
         trainer.add_callback(_progress_bar())
     return run_trainer(trainer, resume)
 
 
 def _progress_bar():
     """A callback that shows steps, the time left, CSR and task reward."""
-    from transformers.trainer_callback import ProgressCallback
+    from transformers.trainer_callback import ProgressCallback, tqdm
 
     class Bar(ProgressCallback):
+        def on_train_begin(self, args, state, control, **_):
+            self.current_step = state.global_step
+            self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training")
+
         def on_log(self, args, state, control, logs, **_):
-            if state.is_world_process_zero:
-                shown = {name: f"{logs[name]:.3f}" for name in ("csr", "task_reward") if name in logs}
-                self.training_bar.set_postfix(shown)
+            self.training_bar.set_postfix({x: f"{logs[x]:.3f}" for x in ("csr", "task_reward") if x in logs})
 
     return Bar()
 
@@ -458,12 +460,11 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
     check_machine({}, results)
     tokenizer = shared_tokenizer(experiment.student, experiment.teacher)
     problems = experiment.problems(experiment.evaluate.split, tokenizer)[: experiment.evaluate.prompts]
-    asked = {"problems": problems, "evaluate": experiment.evaluate, "budget": experiment.budget}
-    asked |= {"length": experiment.train.get("max_completion_length")}
+    asked = [problems, experiment.evaluate, experiment.budget, experiment.train.get("max_completion_length")]
     for run, seed in every:
         folder = train(experiment, run, seed)
         record = storage.read_record(folder)
-        measured_by = storage.fingerprint(asked | {"student": record["fingerprint"]}, [])
+        measured_by = storage.fingerprint({"asked": asked, "student": record["fingerprint"]}, [])
         if record.get("measured_by") == measured_by and (results / "completions" / run / f"{seed}.csv").is_file():
             continue
         pair = load_trained(experiment, run, seed)
