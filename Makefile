@@ -79,4 +79,4 @@ lint: setup
 	ruff format --check .
 
 lab: setup
-	jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb
+	jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb

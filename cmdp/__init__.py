@@ -1,8 +1,7 @@
 """Constrained distillation of a language model: task reward up, divergence from the teacher under a budget.
 
-The modules follow the method in order: `divergence` and `budget` say what a trajectory costs and may cost,
-`reward` turns that into the modified reward, `tabular` solves small problems exactly, `trainer` trains a
-language model, `tasks` and `evaluation` measure it. `import cmdp` loads none of the heavy libraries.
+`divergence`, `reward` and `trainer` are the method, in this order; `methods` has the baselines, and `train` trains and
+measures them all. `import cmdp` loads none of the heavy libraries.
 """
 
 __version__ = "0.1.0"

@@ -1,8 +1,11 @@
 """The `cmdp` command: distil, train and measure students, fit them into memory, prune, export and judge them."""
 
 import argparse
+import itertools
 import json
+import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -11,12 +14,14 @@ from pathlib import Path
 def distill(words: list[str]) -> None:
     """Distil a teacher into a student on a dataset of your own, and measure both ends (`cmdp distill --help`)."""
     from cmdp import distill
-    from cmdp.train import run_all
+    from cmdp.train import changed, run_all
 
     experiment = distill.experiment(*distill.parse(words))
+    for run, seed in itertools.product(experiment.runs, experiment.seeds):
+        if other := changed(experiment, run, seed):
+            raise ValueError(f"{experiment.folder(run, seed)} was trained with {other}. Give another --output.")
     run_all(experiment, [*experiment.runs], experiment.seeds)
-    run = [*experiment.runs][-1]
-    folder = experiment.folder(run, experiment.seeds[0])
+    folder = experiment.folder(run, seed)  # of the last run: the others are measured beside it
     print(f"The student is in {folder}: cmdp evaluate {folder}, cmdp export {folder} NEW-FOLDER")
 
 
@@ -34,7 +39,7 @@ def evaluate(folder: Path, **changes) -> None:
     """Measure a trained student again, with its teacher, as cmdp.json beside it says."""
     import cmdp.train
 
-    print(cmdp.train.evaluate(folder, **changes).drop(columns="seeds").to_string(index=False))
+    cmdp.train.evaluate(folder, **changes)
 
 
 def ceiling(folder: Path | None, prompts: int, samples: int, split: str | None, words: list[str]) -> None:
@@ -53,7 +58,7 @@ def ceiling(folder: Path | None, prompts: int, samples: int, split: str | None, 
         experiment, run, seed = train.trained(folder, **changes)
         pair, name = train.load_trained(experiment, run, seed, folder), f"ceiling-{run}-{seed}"
     else:
-        experiment = distill.experiment(*distill.parse(["--budget", "inf", *words]))
+        experiment = distill.experiment(*distill.parse(["--budget", "1", *words]))  # which nothing reads
         experiment.evaluate = train.Evaluation(prompts, samples, experiment.evaluate.batch_size, split or "train")
         pair = models.load_pair(experiment.student, experiment.teacher, experiment.train.get("use_cpu", False))
         name = "ceiling"
@@ -98,11 +103,10 @@ def export(folder: Path, target: Path, merge: bool) -> None:
 def judge(a: Path, b: Path, prompt: Path, out: Path, concurrency: int, options: str, **endpoint) -> None:
     """Pairwise reasoning win rate of run A over run B, judged in both orders by a model behind an endpoint."""
     from cmdp import judge
+    from cmdp.storage import named
 
-    try:
+    with named("--options", "takes a JSON object", ValueError):
         endpoint = judge.Endpoint(options=json.loads(options), **endpoint)
-    except ValueError as error:
-        raise ValueError(f"--options takes a JSON object, not {options!r}: {error}.") from error
     tables = [judge.read_completions(path) for path in (a, b)]
     print(json.dumps(judge.judge(*tables, endpoint, prompt.read_text(encoding="utf-8"), out, concurrency), indent=2))
 
@@ -121,7 +125,7 @@ def main() -> None:
         add[name]("overrides", nargs="*", help="section.field=value, in place of what the file says")
     add["train"]("--run", action="append", help="a run of the file (all); may be given again")
     add["train"]("--seed", action="append", type=int, help="a seed (all of the file's)")
-    add["evaluate"]("folder", type=Path, help="a trained student: models/default/cmdp-adaptive/0")
+    add["evaluate"]("folder", type=Path, help="a trained student: models/NAME/cmdp-chance/0")
     for name in ("prompts", "samples", "batch_size"):
         add["evaluate"](f"--{name}", type=int, help="as in training unless given")
     add["evaluate"]("--split", help="test, train, ...")
@@ -132,7 +136,7 @@ def main() -> None:
     add["prune"]("model", help="a Hub id, a local folder or a GGUF file")
     add["prune"]("target", type=Path, help="a new folder")
     add["prune"]("--without", type=int, nargs="+", required=True, help="layers, counted from 0")
-    add["export"]("folder", type=Path, help="a trained student: models/default/cmdp-adaptive/0")
+    add["export"]("folder", type=Path, help="a trained student: models/NAME/cmdp-chance/0")
     add["export"]("target", type=Path, help="a new folder")
     add["export"]("--merge", action="store_true", help="merge a LoRA adapter into its base model")
     add["judge"]("a", type=Path, help="completions of run A: a CSV with prompt, completion[, sample]")
@@ -155,7 +159,10 @@ def main() -> None:
 
 
 def call(command: str, function, *arguments, **named) -> None:
-    """Call the function of a command. What a user can mend ends the process in one line, and an interrupt with 130."""
+    """Call the function of a command. What a user can mend ends the process in one line, Ctrl-C or SIGTERM with 130."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    own = logging.getLogger("bitsandbytes.backends.cpu.ops")  # does without a kernel of the Hub, and says so
+    own.addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
     try:
         function(*arguments, **named)
     except KeyboardInterrupt as stopped:
@@ -165,6 +172,8 @@ def call(command: str, function, *arguments, **named) -> None:
         if os.environ.get("CMDP_TRACEBACK"):
             raise
         sys.exit(f"{command}: {error} (CMDP_TRACEBACK=1 shows where)")
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

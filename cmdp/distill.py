@@ -8,12 +8,13 @@ import argparse
 import dataclasses
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
 from cmdp import storage, train
 from cmdp.methods import START
+from cmdp.trainer import CMDPConfig, option
 
 DEFAULTS = {  # where the user says nothing
     **{"max_steps": 100, "per_device_train_batch_size": 8, "num_generations": 8, "max_completion_length": 256},
@@ -23,43 +24,39 @@ DEFAULTS = {  # where the user says nothing
 LORA_RATE = 2e-5  # learning rate of an adapter; CMDPConfig's default is for all weights
 
 
-def _option(help: str, **default):
-    return field(metadata={"help": help}, **default)
-
-
 @dataclass
 class Distill:
     """What is distilled into what, from which data: the keys beside the fields of `CMDPConfig`."""
 
-    student: str = _option("Hub id, local folder or GGUF file.")
-    teacher: str = _option("The same; it has the student's tokenizer.")
-    dataset: str = _option("JSONL, JSON, parquet or CSV; a folder with train.* and test.*; a Hub id[:configuration].")
-    reward: str = _option("gsm8k, math, exact, or PATH.py:function with TRL's signature and values in [0, 1].")
-    method: str = _option("A method of cmdp.methods.", default="cmdp-adaptive")
-    output: str | None = _option("Name in models/ and results/: STUDENT-DATASET unless given.", default=None)
-    lora: bool = _option("Train a LoRA adapter, not all weights.", default=False)
-    lora_r: int = _option("Its rank.", default=16)
-    lora_alpha: int = _option("Its scale.", default=32)
-    student_4bit: bool = _option("Hold the student's frozen weights in 4 bits (with --lora).", default=False)
-    student_adapter: str | None = _option("Go on training this LoRA adapter.", default=None)
-    teacher_4bit: bool = _option("Hold the teacher in 4 bits.", default=False)
-    teacher_adapter: str | None = _option("LoRA adapter of the teacher.", default=None)
-    test: str | None = _option("Held-out data, if not the test split of the dataset or a tenth of it.", default=None)
-    split_seed: int = _option("Seed of that tenth.", default=0)
-    prompt_column: str | None = _option("Else prompt, question or problem.", default=None)
-    answer_column: str | None = _option("Else answer.", default=None)
-    instruction: str | None = _option("Follows each question; else the reward's own.", default=None)
-    prompt_length: int = _option("Longer prompts are left out (tokens).", default=512)
-    prompts: int = _option("Held-out prompts that are measured.", default=200)
-    samples: int = _option("Completions of each.", default=4)
-    before: bool = _option("Measure the student before training too.", default=True)
+    student: str = option(MISSING, "Hub id, local folder or GGUF file.")
+    teacher: str = option(MISSING, "The same; it has the student's tokenizer.")
+    dataset: str = option(
+        MISSING, "JSONL, JSON, parquet, CSV; a folder with train.* and test.*; Hub id[:configuration]."
+    )
+    reward: str = option(MISSING, "gsm8k, math, exact (all of the completion), PATH.py:function (TRL's, in [0, 1]).")
+    method: str = option("cmdp-chance", "A method of cmdp.methods.")
+    output: str | None = option(None, "Name in models/ and results/: STUDENT-DATASET unless given.")
+    lora: bool = option(False, "Train a LoRA adapter, not all weights.")
+    lora_r: int = option(16, "Its rank.")
+    lora_alpha: int = option(32, "Its scale.")
+    student_4bit: bool = option(False, "Hold the student's frozen weights in 4 bits (with --lora).")
+    student_adapter: str | None = option(None, "Go on training this LoRA adapter.")
+    teacher_4bit: bool = option(False, "Hold the teacher in 4 bits.")
+    teacher_adapter: str | None = option(None, "LoRA adapter of the teacher.")
+    test: str | None = option(None, "Held-out data, if not the test split of the dataset or a tenth of it.")
+    split_seed: int = option(0, "Seed of that tenth.")
+    prompt_column: str | None = option(None, "Else prompt, question or problem.")
+    answer_column: str | None = option(None, "Else answer.")
+    instruction: str | None = option(None, "Follows each question; else the reward's own.")
+    prompt_length: int = option(512, "Longer prompts are left out (tokens).")
+    prompts: int = option(200, "Held-out prompts that are measured.")
+    samples: int = option(4, "Completions of each.")
+    before: bool = option(True, "Measure the student before training too.")
 
 
 def parse(words: list[str]) -> tuple[Distill, dict[str, Any]]:
     """The keys on a command line, as `Distill` and the fields of `CMDPConfig` that are given. Raises `ValueError` for
     an unknown key, a missing one, or a value that does not convert."""
-    from cmdp.trainer import CMDPConfig
-
     parser, own = train.arguments(Distill, CMDPConfig), {entry.name for entry in dataclasses.fields(Distill)}
     parser.prog = "cmdp distill"
     for action in parser._actions:
@@ -96,10 +93,10 @@ def experiment(options: Distill, settings: dict[str, Any]) -> train.Experiment:
     if options.lora:
         student["lora"] = {"r": options.lora_r, "alpha": options.lora_alpha}
     teacher = {"model": options.teacher, "four_bit": options.teacher_4bit, "adapter": options.teacher_adapter}
-    measured = {"prompts": options.prompts, "samples": options.samples}
-    measured["batch_size"] = settings["per_device_eval_batch_size"]
+    batch = settings["per_device_eval_batch_size"]
+    measured = {"prompts": options.prompts, "samples": options.samples, "batch_size": batch}
     budget = {"budget": settings.pop("budget"), "budget_form": settings.pop("budget_form", "total")}
     runs = ({START: {"method": START}} if options.before else {}) | {options.method: {"method": options.method}}
     content = {"name": name, "task": task, "student": student, "teacher": teacher, "budget": budget, "runs": runs}
     content |= {"seeds": [int(settings.pop("seed", 0))], "train": settings, "evaluate": measured}
-    return train.build(content, "cmdp distill")
+    return train.build(content, "the keys")

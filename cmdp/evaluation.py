@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from cmdp.divergence import TILE, divergence_from_hidden, lm_head
-from cmdp.models import tokenise
-from cmdp.reward import cumulative_cost, modified_reward, trajectory_budget
+from cmdp.models import positions, tokenise, without_peft
+from cmdp.reward import cumulative_cost
 from cmdp.tasks import reward
 
 QUANTILES = (0.1, 0.5, 0.9)  # of the cumulative cost at each position
@@ -34,7 +34,7 @@ def evaluate(
         positions: over sampled completions, at each position: `count` (completions that reach it), mean and quantiles
             of the cumulative cost C_t in nats, constant after a completion's end.
     """
-    student.eval(), teacher.eval()
+    student, teacher = without_peft(student).eval(), teacher.eval()
     torch.manual_seed(seed)
     tables, curves = [], []
     for decoding, repeats in (("sampled", samples), ("greedy", int(greedy))):
@@ -43,9 +43,8 @@ def evaluate(
             indices = order[start : start + batch_size]
             columns = {key: [problems[index][key] for index in indices] for key in problems[0]}
             prompts = columns.pop("prompt")
-            ids, attention, completion_ids, mask = generate(
-                student, tokenizer, prompts, decoding == "sampled", max_completion_length
-            )
+            how = decoding == "sampled", max_completion_length
+            ids, attention, completion_ids, mask = generate(student, tokenizer, prompts, *how)
             ended = (_is_end(student, tokenizer, completion_ids) * mask).any(dim=1)
             cost, entropy, _ = score(student, teacher, len(tokenizer), ids, attention, mask)
             texts = tokenizer.batch_decode(completion_ids.masked_fill(mask == 0, tokenizer.pad_token_id), True)
@@ -109,10 +108,10 @@ def score(student, teacher, vocab_size: int, ids: Tensor, attention: Tensor, mas
     """At each completion token the reverse KL to the teacher, the student's entropy, and its log-probability of the
     token, in nats: (B, T) each, 0 off the mask."""
     keep = mask.shape[1]
-    hidden = [
-        model.base_model(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state[:, -keep - 1 : -1]
-        for model in (student, teacher)
-    ]
+    hidden, call = [], {"input_ids": ids, "attention_mask": attention, "use_cache": False}
+    for model in (student, teacher):
+        states = model.base_model(**call, **positions(model, attention)).last_hidden_state
+        hidden.append(states[:, -keep - 1 : -1])
     heads = [lm_head(model, vocab_size) for model in (student, teacher)]
     cost = divergence_from_hidden(hidden[0], heads[0], hidden[1], heads[1], mask).clamp(min=0.0)
     on, rows = mask != 0, max(1, TILE // vocab_size)  # a tile of tokens at a time: (rows, V) logits of one model
@@ -122,31 +121,3 @@ def score(student, teacher, vocab_size: int, ids: Tensor, attention: Tensor, mas
         entropies.append(-(logps.exp() * logps).sum(-1))
         log_probs.append(logps.gather(-1, tokens[:, None])[:, 0])
     return cost, *(torch.zeros_like(cost).masked_scatter(on, torch.cat(x)) for x in (entropies, log_probs))
-
-
-@torch.no_grad()
-def ledger(
-    student, teacher, tokenizer, problem, task, settings: dict, max_completion_length: int, seed: int
-) -> pd.DataFrame:
-    """Sample one completion and account for it token by token: `token`, its `cost`, the `cumulative` cost C_t, the
-    `remaining` budget z_t (nats), and what the `exhausted` and `overshoot` forms of the modified reward pay for it.
-
-    Args:
-        settings: `budget`, `budget_form` and `lam`.
-    """
-    torch.manual_seed(seed)
-    ids, attention, completion_ids, mask = generate(
-        student, tokenizer, [problem["prompt"]], True, max_completion_length
-    )
-    cost, _, _ = score(student, teacher, len(tokenizer), ids, attention, mask)
-    text = tokenizer.decode(completion_ids[0], skip_special_tokens=True)
-    correct = torch.tensor([float(task.is_correct(text, problem["answer"]))])
-    budget = trajectory_budget(settings["budget"], mask, settings["budget_form"])
-    length, total = int(mask.sum()), cumulative_cost(cost, mask)
-    table = pd.DataFrame({"token": tokenizer.convert_ids_to_tokens(completion_ids[0, :length])})
-    table["cost"], table["cumulative"] = cost[0, :length], total[0, :length]
-    table["remaining"] = budget[0] - total[0, :length]
-    for form in ("exhausted", "overshoot"):
-        paid = modified_reward(correct, cost, mask, budget, lam=settings["lam"], form=form)
-        table[form] = paid.reward[0, :length]
-    return table

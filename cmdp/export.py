@@ -4,6 +4,7 @@ All that the export and its model card say was saved beside the weights: cmdp.js
 """
 
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -13,9 +14,8 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from cmdp.models import ModelSpec, load_base
-from cmdp.storage import named, read, whole, write_json
+from cmdp.storage import RECORD, named, read, read_record, whole, write_json
 
-RECORD = "cmdp.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 COPIED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")  # weights, configurations, tokenizers
 
@@ -31,9 +31,7 @@ def export(run: Path, target: Path, merge: bool = False) -> None:
     run, target = Path(run), Path(target)
     if target.exists():
         raise ValueError(f"{target} exists already: name a new folder.")
-    if not (run / RECORD).is_file():
-        raise FileNotFoundError(f"There is no {RECORD} in {run}: name the folder of a student that `cmdp train` saved.")
-    record, adapter = read(run / RECORD), (run / ADAPTER[0]).is_file()
+    record, adapter = read_record(run), (run / ADAPTER[0]).is_file()
     if not any(run.glob(ADAPTER[1] if adapter else "model*.safetensors")):
         raise FileNotFoundError(f"There are no weights in safetensors in {run}.")
     base = ModelSpec(record["student"], gguf_file=record.get("gguf_file"), revision=record.get("revision"))
@@ -47,8 +45,8 @@ def export(run: Path, target: Path, merge: bool = False) -> None:
         for file in (file for pattern in COPIED for file in run.glob(pattern)):
             if file.name != RECORD and (alone or file.name not in ADAPTER):
                 shutil.copyfile(file, folder / file.name)
-        if alone:  # loads from any working folder
-            path = str(Path(base.model).resolve()) if local else base.model
+        if alone:  # a local base is found from this working folder, and no path of this machine goes along
+            path = os.path.relpath(base.model) if local else base.model
             config = read(run / ADAPTER[0])
             write_json(config | {"base_model_name_or_path": path, "revision": base.revision}, folder / ADAPTER[0])
         elif adapter:
@@ -82,14 +80,15 @@ def hub_id(model: str | None) -> str | None:
 def card(name: str, record: dict, base: str | None, adapter: bool) -> ModelCard:
     """The model card of a student with the `record` of cmdp.json. `base` is the base model as the user named it, which
     the metadata name if it is a Hub id; `adapter` says whether the weights are an adapter alone."""
-    settings, roles = record["settings"], {"base": base, "teacher": record["teacher"]}
+    settings, adapters = record["settings"], ("student_adapter", "teacher_adapter")
+    roles = {"base": base or "unknown"} | {key: record[key] for key in ("teacher", *adapters) if record.get(key)}
     per = "token" if settings.get("budget_form") == "per_token" else "completion"
     tags = ["distillation", "constrained-mdp", "cmdp", record["method"]]
     library = "peft" if adapter else "transformers"
     metadata = ModelCardData(base_model=hub_id(base), library_name=library, pipeline_tag="text-generation", tags=tags)
     shown = {
         **record | {"name": name, "adapter": adapter},
-        **{key: hub_id(x) or f"{Path(x or 'unknown').name} (local)" for key, x in roles.items()},
+        **{key: hub_id(x) or f"{Path(x).name if os.path.isabs(x) else x} (local)" for key, x in roles.items()},
         "budget": f"{settings.get('budget', math.inf):g} nats per {per}",
         "enforced": settings.get("reward_form", "lagrangian") != "lagrangian" and not settings.get("step_budget"),
         "settings": yaml.safe_dump(settings, sort_keys=False).strip(),

@@ -6,6 +6,7 @@ What the Hub is asked for follows HF_HUB_OFFLINE.
 """
 
 import copy
+import inspect
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from cmdp.storage import named, whole
+from cmdp.storage import named, one_line, whole
 
 LORA = {"r": 16, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear"}
 
@@ -255,6 +256,14 @@ def without_peft(model: torch.nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def positions(model: PreTrainedModel, attention: torch.Tensor) -> dict[str, torch.Tensor]:
+    """`position_ids` of rows padded on the left, (B, T), where the model learned absolute positions (GPT-2): without
+    them it would count the padding. Empty for rotary positions, to which only differences matter."""
+    rotary = any("rotary" in name for name, _ in model.base_model.named_modules())
+    taken = not rotary and "position_ids" in inspect.signature(model.base_model.forward).parameters
+    return {"position_ids": (attention.cumsum(dim=1) - 1).clamp(min=0)} if taken else {}
+
+
 def check_heads(student, teacher, ids: int, compared: bool, sampled: bool) -> None:
     """Raise `ValueError` for an LM head from which no divergence over the tokenizer's `ids` is read: one with too few
     rows, or with an adapter that TRL's fused head (the student's; the teacher's where the divergence is `sampled`)
@@ -316,7 +325,7 @@ def _found(spec: ModelSpec, kind, **options):
         return kind.from_pretrained(**spec.where(), trust_remote_code=False, **options)
     except Exception as error:
         if Path(spec.model).exists() or not isinstance(error, OSError):
-            raise ValueError(f"{spec.model} cannot be read: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{spec.model} cannot be read: {one_line(error)}") from error
         hint = "HF_HUB_OFFLINE is set: unset it to download it" if offline() else str(error).partition("\n")[0]
         raise FileNotFoundError(f"There is no local folder {spec.model}, nor a model of this name: {hint}.") from error
 

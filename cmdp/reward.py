@@ -46,17 +46,6 @@ def trajectory_budget(limit: float, mask: Tensor, form: str = "total") -> Tensor
     return torch.where(length > 0, limit * length.clamp(min=1), 0.0).to(torch.get_default_dtype())
 
 
-def remaining_budget(cost: Tensor, mask: Tensor, limit: float, form: str = "total", discount: float = 1.0) -> Tensor:
-    """z_t = d - C_t, in nats: (B, T). It never rises where the cost is >= 0."""
-    budget = trajectory_budget(limit, mask, form).to(cost.dtype)
-    return budget[:, None] - cumulative_cost(cost, mask, discount)
-
-
-def satisfied(cost: Tensor, mask: Tensor, limit: float, form: str = "total", discount: float = 1.0) -> Tensor:
-    """Whether each trajectory keeps its budget, C <= d: (B,) of bool. The mean is the CSR."""
-    return remaining_budget(cost, mask, limit, form, discount)[:, -1] >= 0
-
-
 class ModifiedReward(NamedTuple):
     """What `modified_reward` gives for B trajectories of T tokens."""
 

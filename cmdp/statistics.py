@@ -10,7 +10,6 @@ MEASURES = {"accuracy": "correct", "csr": "satisfied", "accuracy_within": "corre
 MEASURES |= {"greedy_accuracy": "correct", "cost": "cost", "kl_per_token": "kl", "entropy": "entropy"}
 MEASURES |= {"tokens": "tokens", "truncated": "truncated"}
 MANY_RESAMPLES = 20_000  # for a level near 1, whose tails are thin
-FEW_RESAMPLES = 200  # for what is no mean and takes long
 
 
 def with_budget(completions: pd.DataFrame, budget: float, budget_form: str = "total") -> pd.DataFrame:

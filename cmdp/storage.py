@@ -17,6 +17,7 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 CHECKPOINTS, MANIFEST = Path("checkpoints"), "manifest.json"
+RECORD = "cmdp.json"  # beside a student's weights: what it was trained with, and what was measured
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy", "pandas")
 
 
@@ -42,6 +43,18 @@ def read(path: Path, **options) -> dict | pd.DataFrame:
         return dict(json.loads(path.read_bytes())) if path.suffix == ".json" else pd.read_csv(path, **options)
 
 
+def read_record(folder: Path) -> dict:
+    """What cmdp.json says of the student in `folder`. Raises `FileNotFoundError` if there is none."""
+    if not (folder / RECORD).is_file():
+        raise FileNotFoundError(f"There is no {RECORD} in {folder}: name the folder of a student that cmdp trained.")
+    return read(folder / RECORD)
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, in one line of at most 400 characters."""
+    return " ".join(str(error).split())[:400] or type(error).__name__
+
+
 def check_names(*names: str) -> None:
     """Raise `ValueError` for a name that would be no part of a path, or lead out of its folder."""
     if wrong := [name for name in names if not re.fullmatch("[a-z0-9][a-z0-9.-]{0,99}", str(name))]:
@@ -54,7 +67,7 @@ def named(path: Path | str, fault: str = "cannot be written (is the disk full?)"
     try:
         yield
     except Exception as error:
-        raise kind(f"{path} {fault}: {' '.join(str(error).split()) or type(error).__name__}") from error
+        raise kind(f"{path} {fault}: {one_line(error)}") from error
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from cmdp.statistics import summarise
 from cmdp.tasks import load_problems, load_task, reward
 
 MODELS, RESULTS = Path("models"), Path("results")
-RECORD, TRAINING = "cmdp.json", "training.csv"  # beside a trained student's weights
+TRAINING = "training.csv"  # the log, beside a trained student's weights
 PHASES = ("time/generation", "time/scoring", "time/update")  # of a step, seconds
 LOGGED = (  # columns of a training log that depend on the seed alone
     *("step", "task_reward", "modified_reward", "csr", "cost/mean", "cost/q50", "cost/q90", "kl_per_token"),
@@ -206,6 +206,7 @@ def distil(
         The log: a dict per step.
     """
     from datasets import Dataset
+    from transformers.utils.import_utils import is_in_notebook
     from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 
     from cmdp.trainer import CMDPTrainer
@@ -225,47 +226,41 @@ def distil(
         trainer = CMDPTrainer(student, teacher, task_reward, config, **data)
     if method in TRL:  # which would start a text twice that brings BOS along
         trainer._tokenize_prompts = lambda prompts: (tokenise(tokenizer, prompts), None, {})
-    trainer.add_callback(_progress_bar())
+    if trainer.is_world_process_zero() and (is_in_notebook() or sys.stderr.isatty()):
+        trainer.add_callback(_progress_bar())
     return run_trainer(trainer, resume)
 
 
 def _progress_bar():
-    """A callback that shows steps, the time left, CSR and task reward, on a terminal and in notebooks."""
-    from tqdm.auto import tqdm
-    from transformers import TrainerCallback
-    from transformers.utils.import_utils import is_in_notebook
+    """A callback that shows steps, the time left, CSR and task reward."""
+    from transformers.trainer_callback import ProgressCallback, tqdm
 
-    class Bar(TrainerCallback):
+    class Bar(ProgressCallback):
         def on_train_begin(self, args, state, control, **_):
-            hidden = not (state.is_world_process_zero and (is_in_notebook() or sys.stderr.isatty()))
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", disable=hidden)
-
-        def on_step_end(self, args, state, control, **_):
-            self.bar.update(state.global_step - self.bar.n)
+            self.current_step = state.global_step
+            self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training")
 
         def on_log(self, args, state, control, logs, **_):
-            self.bar.set_postfix({name: f"{logs[name]:.3f}" for name in ("csr", "task_reward") if name in logs})
-
-        def on_train_end(self, args, state, control, **_):
-            self.bar.close()
+            self.training_bar.set_postfix({x: f"{logs[x]:.3f}" for x in ("csr", "task_reward") if x in logs})
 
     return Bar()
 
 
 def run_trainer(trainer, resume: bool) -> list[dict]:
     """Train, and return the log, whose `seconds` of training add up over resumes. Checkpoints are certified as they are
-    written, never between steps that share a rollout, which a checkpoint lacks. On SIGTERM or Ctrl-C training stops at
-    the next step that can have one, with one, and raises `KeyboardInterrupt`; a second signal stops it at once."""
+    written, never between steps that share a rollout, which a checkpoint lacks. On SIGTERM or Ctrl-C of any process all
+    stop at the next step that can have one, with one, and raise `KeyboardInterrupt`; a second signal stops at once."""
+    import torch
     from transformers import TrainerCallback, TrainerState
     from transformers.trainer_utils import get_last_checkpoint
 
     class Keeper(TrainerCallback):
-        stopped = due = False
+        signals = stopped = due = False
 
         def stop(self, *_):
-            if self.stopped:
+            if self.signals:
                 raise KeyboardInterrupt("stopped at once: the same command resumes from the last checkpoint")
-            self.stopped = True
+            self.signals = True
 
         def on_train_begin(self, args, state, control, **_):
             self.start = time.monotonic() - max((entry["seconds"] for entry in state.log_history), default=0.0)
@@ -274,8 +269,14 @@ def run_trainer(trainer, resume: bool) -> list[dict]:
             state.log_history[-1]["seconds"] = time.monotonic() - self.start
             if "train_runtime" in logs:  # a summary of this part alone
                 state.log_history.pop()
+            if len(state.log_history) == 10 < state.max_steps or "train_runtime" in logs:  # early, and at the end
+                nothing_to_learn(args, state)
 
         def on_step_end(self, args, state, control, **_):
+            signals = torch.tensor(int(self.signals), device=args.device)
+            if args.world_size > 1:  # the processes stop at the same step
+                torch.distributed.all_reduce(signals, torch.distributed.ReduceOp.MAX)
+            self.stopped = bool(signals)
             rollout = getattr(args, "steps_per_generation", 1) * getattr(args, "num_iterations", 1)
             between = state.global_step * args.gradient_accumulation_steps % rollout == 0
             self.due |= control.should_save or self.stopped
@@ -308,6 +309,14 @@ def run_trainer(trainer, resume: bool) -> list[dict]:
     return trainer.state.log_history
 
 
+def nothing_to_learn(args, state) -> None:
+    """Say so if in every step logged so far all completions of a prompt earned the same, and the reward counts."""
+    equal = [row["frac_reward_zero_std"] for row in state.log_history if "frac_reward_zero_std" in row]
+    if equal and min(equal) == 1 and getattr(args, "task_weight", 1) and state.is_world_process_zero:
+        said = "all completions of a prompt earned the same reward: it taught nothing. Is it the right one?"
+        print(f"In {state.global_step} steps {said}", file=sys.stderr)
+
+
 def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -> Path:
     """Train one run with one seed, unless that is done.
 
@@ -319,7 +328,7 @@ def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -
         `cmdp.json` (what it was trained with, and on).
 
     Raises:
-        ValueError: no such run, different vocabularies, no prompt short enough, or too little memory.
+        ValueError: different vocabularies, no prompt short enough, or too little memory.
     """
     import torch
     from accelerate import PartialState
@@ -327,22 +336,23 @@ def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -
 
     from cmdp.memory import GIB, taken
 
-    if run not in experiment.runs:
-        raise ValueError(f"The experiment {experiment.name} has no run {run!r}. It has: {', '.join(experiment.runs)}.")
     storage.check_names(str(seed))
     method, settings = experiment.runs[run]["method"], experiment.settings(run, seed)
     folder, use_cpu = experiment.folder(run, seed), settings.get("use_cpu", False)
     specs, name = (experiment.student, experiment.teacher), f"{experiment.name}/{run}/{seed}"
     check_machine(settings, folder, storage.CHECKPOINTS)
     problems, task = experiment.problems("train", shared_tokenizer(*specs)), load_task(experiment.task["name"])
+    files = [file for spec in specs for file in spec.files()] + getattr(task, "files", [])
     first = {key: [value] for key, value in problems[0].items()}
     reward(task)([""], prompts=first.pop("prompt"), **first)  # raises before weights are read
-    made_from = {"method": method, "settings": settings, "problems": problems, "models": [*map(vars, specs)]}
-    made_by = storage.fingerprint(made_from, [file for spec in specs for file in spec.files()])
-    if (folder / RECORD).is_file() and storage.read(folder / RECORD).get("fingerprint") == made_by:
-        print(f"{folder} is finished.")
-        storage.drop(storage.CHECKPOINTS / name)  # of a run that was killed before it did
-        return folder
+    made_from = {"method": method, "settings": settings if method != START else {}, "reward": experiment.task["name"]}
+    made_by = storage.fingerprint(made_from | {"problems": problems, "models": [*map(vars, specs)]}, files)
+    if (folder / storage.RECORD).is_file():
+        if storage.read_record(folder).get("fingerprint") == made_by:
+            print(f"{folder} is finished.")
+            storage.drop(storage.CHECKPOINTS / name)  # of a run that was killed before it did
+            return folder
+        print(f"{folder} was trained with {changed(experiment, run, seed) or 'other inputs or code'}: it is replaced.")
     main, together = int(os.environ.get("RANK", "0")) == 0, int(os.environ.get("WORLD_SIZE", "1")) > 1
     with storage.locked(name) if main else contextlib.nullcontext():
         with PartialState(cpu=use_cpu).main_process_first() if together else contextlib.nullcontext():
@@ -359,6 +369,7 @@ def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -
             return folder
         record = {"run": run, "method": method, "seed": seed, "settings": settings, "task": experiment.task}
         record |= {"student": specs[0].model, "gguf_file": specs[0].gguf_file, "revision": specs[0].revision}
+        record |= {"student_adapter": specs[0].adapter, "teacher_adapter": specs[1].adapter}
         record |= {"teacher": specs[1].model, "parameters": student.num_parameters()}
         record |= {"memory": memory and memory | {"taken_gib": taken(device) / GIB}, "provenance": storage.provenance()}
         record |= {"experiment": dataclasses.asdict(experiment), "fingerprint": made_by, "measured": None}
@@ -366,11 +377,23 @@ def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -
             student.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
             storage.write_table(pd.DataFrame(log or {"step": []}).sort_index(axis=1), unfinished / TRAINING)
-            storage.write_json(record, unfinished / RECORD)
+            storage.write_json(record, unfinished / storage.RECORD)
             if (checkpoints / "runs").is_dir():  # TensorBoard's
                 (checkpoints / "runs").rename(unfinished / "runs")
         storage.drop(checkpoints)
     return folder
+
+
+def changed(experiment: Experiment, run: str, seed: int) -> str:
+    """What the student in a run's folder was trained with and `experiment` does not say: "budget.budget=2.0, not 1.0";
+    "" where there is no such student, or nothing. What is measured of it does not count."""
+    if not (path := experiment.folder(run, seed) / storage.RECORD).is_file():
+        return ""
+    names = ["student", "teacher", "task", *["budget", "train"] * (experiment.runs[run]["method"] != START)]
+    both = storage.read(path)["experiment"], dataclasses.asdict(experiment)
+    both = ({name: said[name] for name in names} | {"runs": said["runs"][run]} for said in both)
+    old, new = (pd.json_normalize(said).iloc[0].map(str).to_dict() for said in both)
+    return next((f"{x}={old.get(x)}, not {new.get(x)}" for x in old | new if old.get(x) != new.get(x)), "")
 
 
 def fit(experiment: Experiment, run: str) -> dict[str, Any]:
@@ -397,14 +420,10 @@ def load_trained(experiment: Experiment, run: str, seed: int, folder: Path | Non
     """(student, teacher, tokenizer) of a trained run, saved in its own folder unless in `folder`. Raises
     `FileNotFoundError` if it has not been trained."""
     folder, student = folder or experiment.folder(run, seed), experiment.student
-    if not (folder / RECORD).is_file():
-        raise FileNotFoundError(f"There is no trained student at {folder}: train {run} with seed {seed} first.")
-    if student.trains_adapter:
-        student = dataclasses.replace(student, adapter=str(folder), lora=None)
-    else:
-        student = ModelSpec(str(folder))
-    student, teacher, tokenizer = load_pair(student, experiment.teacher, experiment.train.get("use_cpu", False))
-    return student.get_base_model() if hasattr(student, "get_base_model") else student, teacher, tokenizer
+    storage.read_record(folder)
+    adapted = dataclasses.replace(student, adapter=str(folder), lora=None)
+    student = adapted if student.trains_adapter else ModelSpec(str(folder))
+    return load_pair(student, experiment.teacher, experiment.train.get("use_cpu", False))
 
 
 def measure(experiment: Experiment, pair: tuple, seed: int, problems: list[dict] | None = None, **changes) -> tuple:
@@ -439,13 +458,16 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
             train(experiment, *each)
         return
     check_machine({}, results)
+    tokenizer = shared_tokenizer(experiment.student, experiment.teacher)
+    problems = experiment.problems(experiment.evaluate.split, tokenizer)[: experiment.evaluate.prompts]
+    asked = [problems, experiment.evaluate, experiment.budget, experiment.train.get("max_completion_length")]
     for run, seed in every:
         folder = train(experiment, run, seed)
-        record = storage.read(folder / RECORD)
-        if record["measured"] and (results / "completions" / run / f"{seed}.csv").is_file():
+        record = storage.read_record(folder)
+        measured_by = storage.fingerprint({"asked": asked, "student": record["fingerprint"]}, [])
+        if record.get("measured_by") == measured_by and (results / "completions" / run / f"{seed}.csv").is_file():
             continue
         pair = load_trained(experiment, run, seed)
-        problems = experiment.problems(experiment.evaluate.split, pair[-1])[: experiment.evaluate.prompts]
         completions, positions = measure(experiment, pair, seed, problems)
         texts = completions.query("decoding == 'sampled'")[["prompt", "completion"]]
         texts = texts.assign(prompt=[problems[index]["prompt"] for index in texts["prompt"]])  # what `judge` reads
@@ -457,44 +479,47 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
         summary = summarise(tables["completions"].assign(run=run, seed=seed), **vars(experiment.budget))
         record["measured"] = summary.set_index("measure")[["mean", "low", "high"]].to_dict("index")
         record["measured"] |= {"prompts": completions["prompt"].nunique(), "seeds": 1}
+        record |= {"measured_by": measured_by, "experiment": dataclasses.asdict(experiment)}
+        record["settings"] |= experiment.settings(run, seed)  # of a student before training: the budget, say
         storage.write_json(record["memory"], results / "memory" / run / f"{seed}.json")
-        storage.write_json(record, folder / RECORD)
+        storage.write_json(record, folder / storage.RECORD)
         print(f"{run}, seed {seed}: weights in {folder}, completions in {results}/completions/{run}/{seed}.csv")
         release_memory(pair)
-    summary = summarise(gather(results, "completions"), **vars(experiment.budget))
+    completions = gather(results, "completions")
+    summary = summarise(completions, **vars(experiment.budget))
+    means = summary.pivot(index="run", columns="measure", values="mean")[["accuracy", "csr", "cost", "kl_per_token"]]
     storage.write_table(summary, results / "summary.csv")
     times = gather(results, "training").reindex(columns=["run", *PHASES]).groupby("run", sort=False).median()
     storage.write_table(times.reset_index(), results / "timing.csv")
     storage.write_json(storage.provenance(), results / "provenance.json")
     storage.write_text(yaml.safe_dump(dataclasses.asdict(experiment), sort_keys=False), results / "profile.yaml")
-    print(f"Summary of {summary['run'].nunique()} runs: {results}/summary.csv\n{shown(summary)}")
+    print(f"Summary of {summary['run'].nunique()} runs: {results}/summary.csv\n{shown(means, completions)}")
 
 
 def trained(folder: Path, **changes) -> tuple[Experiment, str, int]:
     """(experiment, run, seed) of the trained student in `folder`, from what cmdp.json beside it says. `changes` are
     fields of `Evaluation`, None for those to leave. Raises `FileNotFoundError` if there is no such student."""
-    if not (folder / RECORD).is_file():
-        raise FileNotFoundError(f"There is no {RECORD} in {folder}: name the folder of a trained student.")
-    record = storage.read(folder / RECORD)
-    if "experiment" not in record:
-        raise ValueError(f"{folder / RECORD} does not say what to measure: train the student with this version.")
+    record = storage.read_record(folder)
     content = record["experiment"]
     content["evaluate"] |= {name: value for name, value in changes.items() if value is not None}
-    return build(content, str(folder / RECORD)), record["run"], record["seed"]
+    return build(content, str(folder / storage.RECORD)), record["run"], record["seed"]
 
 
 def evaluate(folder: Path, **changes) -> pd.DataFrame:
-    """Measure a trained student again, see `trained`. Returns the means, as `summarise`. Raises `ValueError` for a
-    split that there is not."""
+    """Measure a trained student again, see `trained`. Prints and returns the means, as `summarise`. Raises `ValueError`
+    for a split that there is not."""
     experiment, run, seed = trained(folder, **changes)
     completions, _ = measure(experiment, load_trained(experiment, run, seed, folder), seed)
-    return summarise(completions.assign(run=run, seed=seed), **vars(experiment.budget))
+    summary = summarise(completions.assign(run=run, seed=seed), **vars(experiment.budget))
+    print(shown(summary.drop(columns=["run", "seeds"]).set_index("measure"), completions))
+    return summary
 
 
-def shown(summary: pd.DataFrame) -> str:
-    """The means that decide between runs, as a table: a row per run."""
-    means = summary.pivot(index="run", columns="measure", values="mean")
-    return means[["accuracy", "csr", "cost", "kl_per_token"]].to_string(float_format="{:.3f}".format)
+def shown(table: pd.DataFrame, completions: pd.DataFrame) -> str:
+    """A table as it is printed: accuracy is called mean_reward, unless every reward is 0 or 1."""
+    word = "accuracy" if completions["correct"].isin([0, 1]).all() else "mean_reward"
+    names = dict.fromkeys(("index", "columns"), lambda name: name.replace("accuracy", word))
+    return table.rename(**names).to_string(float_format="{:.3f}".format)
 
 
 def gather(results: Path, table: str) -> pd.DataFrame:

@@ -23,7 +23,7 @@ from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 from cmdp import divergence as divergences
 from cmdp import reward as rewards
 from cmdp.divergence import EXACT, SAMPLED, Head, lm_head
-from cmdp.models import check_heads, load_teacher, tokenise, without_peft
+from cmdp.models import check_heads, load_teacher, positions, tokenise, without_peft
 from cmdp.reward import CREDITS, FORMS, cumulative_cost, trajectory_budget
 
 CHOICES = {
@@ -40,7 +40,8 @@ CHOICES = {
 }
 
 
-def _option(default, help: str):
+def option(default, help: str):
+    """A field of a dataclass that is a command line's too."""
     return field(default=default, metadata={"help": help})
 
 
@@ -49,27 +50,27 @@ class CMDPConfig(GRPOConfig):
     """GRPO's configuration, and what the constraint adds, in the method's symbols. Raises `ValueError` for a number out
     of its range, and for settings whose gradient would not be the stated objective's."""
 
-    budget: float = _option(math.inf, "d in nats (total), or delta in nats per token.")
-    budget_form: str = _option("total", "How the budget is stated: total or per_token.")
-    discount: float = _option(1.0, "gamma of the cumulative cost.")
-    reward_form: str = _option("exhausted", f"One of {FORMS} (reward.py).")
-    lam: float = _option(1.0, "lambda, reward per nat.")
-    penalty: float = _option(0.0, "n, charged once to a trajectory that exhausts its budget.")
-    task_weight: float = _option(1.0, "Factor of the task reward; 0 distils only.")
-    long_term: bool = _option(True, "Credit the policy part with the charge; False leaves it to the single-step part.")
-    credit: str = _option("sequence", f"How returns are credited: one of {CREDITS}.")
-    margin: float = _option(0.0, "Share of the budget that the reward keeps in reserve.")
-    step_budget: float | None = _option(None, "d_step: charge each token's nats above it, in place of those above d.")
-    budget_from: float | None = _option(None, "The budget at the first step; it moves linearly to `budget` half-way.")
-    distil_steps: int = _option(0, "Steps of pure distillation before the method begins.")
-    csr_target: float | None = _option(None, "soft_hinge: the CSR to keep; else every nat is charged below this CSR.")
-    sharpness: float = _option(10.0, "k of soft_hinge; it rises linearly from 0 over three fifths of the steps.")
-    dual_rate: float = _option(0.0, "Dual ascent: step of lambda per nat of E[C] - d, or of u with soft_hinge.")
-    divergence: str = _option("reverse_kl", f"One of {EXACT} or, sampled, {SAMPLED}.")
-    jsd_beta: float = _option(0.5, "beta of the generalised JSD.")
-    scale_rewards: str = _option("none", "none, or group: divide the advantages (not the single-step part) like GRPO.")
-    teacher_model_init_kwargs: dict | str | None = _option(None, "How to load a named teacher.")  # noqa: RUF009
-    teacher_model_revision: str | None = _option(None, "Branch, tag or commit of a teacher named by its Hub id.")
+    budget: float = option(math.inf, "d in nats (total), or delta in nats per token.")
+    budget_form: str = option("total", "How the budget is stated: total or per_token.")
+    discount: float = option(1.0, "gamma of the cumulative cost.")
+    reward_form: str = option("exhausted", f"One of {FORMS} (reward.py).")
+    lam: float = option(1.0, "lambda, reward per nat.")
+    penalty: float = option(0.0, "n, charged once to a trajectory that exhausts its budget.")
+    task_weight: float = option(1.0, "Factor of the task reward; 0 distils only.")
+    long_term: bool = option(True, "Credit the policy part with the charge; False leaves it to the single-step part.")
+    credit: str = option("sequence", f"How returns are credited: one of {CREDITS}.")
+    margin: float = option(0.0, "Share of the budget that the reward keeps in reserve.")
+    step_budget: float | None = option(None, "d_step: charge each token's nats above it, in place of those above d.")
+    budget_from: float | None = option(None, "The budget at the first step; it moves linearly to `budget` half-way.")
+    distil_steps: int = option(0, "Steps of pure distillation before the method begins.")
+    csr_target: float | None = option(None, "soft_hinge: the CSR to keep; else every nat is charged below this CSR.")
+    sharpness: float = option(10.0, "k of soft_hinge; it rises linearly from 0 over three fifths of the steps.")
+    dual_rate: float = option(0.0, "Dual ascent: step of lambda per nat of E[C] - d, or of u with soft_hinge.")
+    divergence: str = option("reverse_kl", f"One of {EXACT} or, sampled, {SAMPLED}.")
+    jsd_beta: float = option(0.5, "beta of the generalised JSD.")
+    scale_rewards: str = option("none", "none, or group: divide the advantages (not the single-step part) like GRPO.")
+    teacher_model_init_kwargs: dict | str | None = option(None, "How to load a named teacher.")  # noqa: RUF009
+    teacher_model_revision: str | None = option(None, "Branch, tag or commit of a teacher named by its Hub id.")
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
 
@@ -196,6 +197,7 @@ class CMDPTrainer(GRPOTrainer):
     def _student_pass(self, model, teacher: Tensor, where: Tensor, **call) -> tuple[FusedCausalLMOutput, Tensor]:
         """TRL's fused forward `model(**call)`, None without labels, and the divergence from the teacher, of which
         `teacher` is what `_teacher_pass` gives, at the tokens of `where`, (B, T)."""
+        call |= positions(self._student, call["attention_mask"])
         if not self._sampled:
             inside = functools.partial(self._exact_divergence, teacher, where)
             return self._inside(model, self._student, inside, **call, use_cache=False)
@@ -224,11 +226,12 @@ class CMDPTrainer(GRPOTrainer):
     def _teacher_pass(self, keep: int, **inputs) -> Tensor:
         """The teacher's hidden states at the last `keep` tokens, (B, T, H), or its log-probabilities, (B, T), where the
         divergence is sampled."""
+        model = self.accelerator.unwrap_model(self.teacher)
+        inputs |= positions(model, inputs["attention_mask"])
         with self.accelerator.autocast():
             if self._sampled:
                 labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
                 return self.teacher(**inputs, labels=labels, fused_lm_head=True).log_probs[:, -keep:]
-            model = self.accelerator.unwrap_model(self.teacher)
             output = self._inside(self.teacher, model, model.base_model, **inputs, use_cache=False)
             return output.last_hidden_state[:, -keep - 1 : -1]
 
@@ -366,7 +369,7 @@ class CMDPTrainer(GRPOTrainer):
 
         def student(**call):
             if teacher is None:
-                return model(**call, use_cache=False)
+                return model(**call, **positions(self._student, call["attention_mask"]), use_cache=False)
             passes.append(self._student_pass(model, teacher, charged, **call))
             return passes[0][0]
 

@@ -203,8 +203,23 @@ def training(curves: pd.DataFrame, style: Style) -> plt.Figure:
     return _legend(figure, style)
 
 
+def ledger(student, teacher, tokenizer, problem: dict, budget: float, length: int, seed: int) -> pd.DataFrame:
+    """Sample one completion of at most `length` tokens and account for it: `token`, its `cost`, and what `remaining`
+    (z_t) it leaves of the `budget`, in nats."""
+    import torch
+
+    from cmdp.evaluation import generate, score
+
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        ids, attention, completion, mask = generate(student, tokenizer, [problem["prompt"]], True, length)
+        cost = score(student, teacher, len(tokenizer), ids, attention, mask)[0][0, : int(mask.sum())]
+    tokens = tokenizer.convert_ids_to_tokens(completion[0, : len(cost)])
+    return pd.DataFrame({"token": tokens, "cost": cost, "remaining": budget - cost.cumsum(0)})
+
+
 def token_ledger(ledger: pd.DataFrame, budget: float) -> plt.Figure:
-    """One completion, token by token: its cost, and how the budget ran down (from `evaluation.ledger`)."""
+    """One completion, token by token: its cost, and how the budget ran down (from `ledger`)."""
     size = (0.34 * len(ledger) + 2.5, 4.2)
     figure, (top, bottom) = plt.subplots(2, 1, figsize=size, sharex=True, layout="tight")
     place, left = range(len(ledger)), ledger["remaining"]

@@ -47,6 +47,22 @@ def make_model(tokenizer, seed: int, hidden: int = 16, spread: float = 10.0, lay
     return model
 
 
+def make_gpt2(tokenizer, seed: int, hidden: int = 16):
+    """A GPT-2, whose learned absolute positions matter."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    ids = {"bos_token_id": EOS, "eos_token_id": EOS, "pad_token_id": tokenizer.pad_token_id}
+    shape = {"n_positions": 32, "n_embd": hidden, "n_layer": 1, "n_head": 2}
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    config = GPT2Config(vocab_size=len(tokenizer), **shape, **dropout, **ids)
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        model.transformer.wpe.weight *= 100
+        model.transformer.wte.weight *= 20
+    return model
+
+
 def score(completion_ids: list[list[int]], **_) -> list[float]:
     """A task reward in [0, 1] that is a function of the tokens alone."""
     return [sum(ids) % 7 / 6 for ids in completion_ids]

@@ -1,5 +1,8 @@
 """The commands: what they print and write, and the one line they end in when something is wrong."""
 
+import logging
+import os
+import signal
 import subprocess
 import sys
 
@@ -44,6 +47,29 @@ def test_an_interrupt_is_one_line_and_exit_code_130(monkeypatch, capsys):
         command(monkeypatch, "prune", "model", "out", "--without", "1")
     assert raised.value.code == 130
     assert capsys.readouterr().err == "cmdp prune: stopped at step 3\n"
+
+
+def test_sigterm_outside_training_is_one_line_too(monkeypatch, capsys):
+    monkeypatch.setattr("cmdp.models.prune", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as raised:
+        command(monkeypatch, "prune", "model", "out", "--without", "1")
+    assert raised.value.code == 130
+    assert capsys.readouterr().err == "cmdp prune: stopped: the same command goes on\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_librarys_note_on_a_kernel_of_the_hub_is_not_shown(monkeypatch, caplog):
+    own = logging.getLogger("bitsandbytes.backends.cpu.ops")
+
+    def noted(*_):
+        own.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "no network")
+        own.warning("another note")
+        return 2, 1
+
+    monkeypatch.setattr("cmdp.models.prune", noted)
+    command(monkeypatch, "prune", "model", "out", "--without", "1")
+    assert [record.getMessage() for record in caplog.records] == ["another note"]
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def clone(tmp_path, monkeypatch):
     write_pair(tmp_path)
     (tmp_path / "gsm").mkdir()
     for split, rows in arithmetic.problems({"test": 6, "train": 30}, (2, 3), 0).items():
-        lines = [{"question": row["prompt"], "answer": row["solution"].replace("#", "####")} for row in rows]
+        lines = [{"question": row["prompt"], "answer": f"{row['solution']} #### {row['answer']}"} for row in rows]
         (tmp_path / "gsm" / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.chdir(folder)
     overrides = [f"{role}.model={tmp_path / role}" for role in ("student", "teacher")]

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 from test_train import command, small  # noqa: F401
 
-from cmdp import distill, tasks, train
+from cmdp import distill, models, tasks, train
+from cmdp.methods import METHODS
 from cmdp.models import load_tokenizer
 from cmdp.tasks import arithmetic
 
@@ -63,16 +64,18 @@ def problems(name: str, **settings) -> dict:
 def test_own_data_and_reward_are_trained_measured_and_exported(own, monkeypatch, capsys):
     own("--reward", "rewards.py:ends", "--lora", "--lora-r", "2", "--output", "mine")
     said = capsys.readouterr().out
-    folder = Path("models/mine/cmdp-adaptive/0")
+    folder = Path("models/mine/cmdp-chance/0")
     assert "results/mine/summary.csv" in said
     assert f"The student is in {folder}" in said
-    assert {"accuracy", "csr", "cost"} <= set(said.split())
+    assert {"mean_reward", "csr", "cost"} <= set(said.split())  # rewards of 0.25 and 0.75
+    assert "accuracy" not in said
+    assert set(pd.read_csv("results/mine/summary.csv")["measure"]) >= {"accuracy", "greedy_accuracy"}
     record = json.loads((folder / "cmdp.json").read_text())
-    assert record["settings"]["csr_target"] == 0.98
+    assert record["settings"]["csr_target"] == METHODS["cmdp-chance"]["csr_target"]
     assert record["settings"]["budget"] == 1.5
-    completions = pd.read_csv("results/mine/completions/cmdp-adaptive/0.csv")
+    completions = pd.read_csv("results/mine/completions/cmdp-chance/0.csv")
     assert set(completions["correct"]) <= {0.25, 0.75}  # the reward that was trained on, in evaluation too
-    assert set(pd.read_csv("results/mine/summary.csv")["run"]) == {"sft", "cmdp-adaptive"}
+    assert set(pd.read_csv("results/mine/summary.csv")["run"]) == {"sft", "cmdp-chance"}
     assert "validity" not in set(pd.read_csv("results/mine/summary.csv")["measure"])
     # the same command finds all done; another measurement says the same of the same prompts
     own("--reward", "rewards.py:ends", "--lora", "--lora-r", "2", "--output", "mine")
@@ -80,6 +83,7 @@ def test_own_data_and_reward_are_trained_measured_and_exported(own, monkeypatch,
     folder.rename("moved")
     command(monkeypatch, "evaluate", "moved")
     table = capsys.readouterr().out
+    assert {"mean_reward", "greedy_mean_reward", "mean_reward_within"} <= set(table.split())
     assert f"{record['measured']['accuracy']['mean'] if record['measured'] else 0.25:.2f}"[:4] in table
     again = train.evaluate(Path("moved")).set_index("measure")["mean"]
     for measure in ("accuracy", "csr", "cost"):
@@ -92,13 +96,14 @@ def test_own_data_and_reward_are_trained_measured_and_exported(own, monkeypatch,
 def test_the_ceiling_is_measured_before_training_and_the_account_after_it(own, monkeypatch, capsys):
     words = [*WORDS.split(), "--reward", "exact", "--answer_column", "target", "--output", "mine"]
     sizes = ["--prompts", "4", "--samples", "3"]
-    command(monkeypatch, "ceiling", *sizes, *words, "--lora", "--lora-r", "2")
+    without = " ".join(words).replace("--budget 1.5 ", "").split()  # which it is there to choose
+    command(monkeypatch, "ceiling", *sizes, *without, "--lora", "--lora-r", "2")
     assert "No budget buys accuracy" in capsys.readouterr().out  # the small teacher is never right
     prices = pd.read_csv("results/mine/ceiling.csv")
     assert prices["plug_in"].is_monotonic_increasing
     assert prices["budget"][0] == 0
     command(monkeypatch, "distill", *words)
-    folder = ["--folder", "models/mine/cmdp-adaptive/0"]
+    folder = ["--folder", "models/mine/cmdp-chance/0"]
     for wrong, message in (
         ([*folder, "--reward", "exact"], "--reward does not go with --folder"),
         ([*folder, "--samples", "1"], "--samples 2 or more"),
@@ -109,10 +114,73 @@ def test_the_ceiling_is_measured_before_training_and_the_account_after_it(own, m
     with pytest.raises(SystemExit, match="prompts, samples and batch_size"):
         command(monkeypatch, "evaluate", folder[1], "--samples", "0")
     command(monkeypatch, "ceiling", *sizes, *folder)
-    found = json.loads(Path("results/mine/ceiling-cmdp-adaptive-0.json").read_text())
+    found = json.loads(Path("results/mine/ceiling-cmdp-chance-0.json").read_text())
     assert found["cost"] == pytest.approx(found["useful"] + found["wasted"])
     with pytest.raises(SystemExit, match="a reward that is 0 or 1"):
         command(monkeypatch, "ceiling", *sizes, *WORDS.split(), "--reward", "rewards.py:ends", "--output", "other")
+
+
+def test_other_settings_do_not_replace_a_student_and_another_measurement_trains_none(own, monkeypatch, capsys):
+    words = ["--reward", "rewards.py:ends", "--output", "mine"]
+    own(*words)
+    folder, results = Path("models/mine/cmdp-chance/0"), Path("results/mine/completions")
+    weights = (folder / "model.safetensors").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(models, "load_base", lambda *_: pytest.fail("weights were loaded"))
+        for more, said in (
+            (
+                ["--budget", "0.5"],
+                r"cmdp-chance/0 was trained with budget\.budget=1\.5, not 0\.5\. Give another --output",
+            ),
+            (["--learning_rate", "0.1"], r"train\.learning_rate=None, not 0\.1"),
+            (
+                ["--reward", "rewards.py:raises"],
+                r"sft/0 was trained with task\.name=rewards\.py:ends, not rewards\.py:r",
+            ),
+            (["--teacher", "student"], r"sft/0 was trained with teacher\.model=teacher, not student"),
+        ):
+            with pytest.raises(SystemExit, match=said) as raised:
+                own(*words, *more)
+            assert "\n" not in str(raised.value)
+    capsys.readouterr()
+    own(*words, "--samples", "3")
+    assert capsys.readouterr().out.count("is finished") == 2
+    for run in ("sft", "cmdp-chance"):
+        assert len(pd.read_csv(results / run / "0.csv")) == 3 * (3 + 1)
+    assert json.loads((folder / "cmdp.json").read_text())["experiment"]["evaluate"]["samples"] == 3
+    assert (folder / "model.safetensors").read_bytes() == weights
+    # the student before training serves every budget, at which it is measured
+    own(*words, "--samples", "3", "--method", "gkd", "--budget", "1e9")
+    record = json.loads(Path("models/mine/sft/0/cmdp.json").read_text())
+    assert (record["settings"]["budget"], record["measured"]["csr"]["mean"]) == (1e9, 1.0)
+    # the same words over other data: it is trained again, and said so
+    Path("rewards.py").write_text(REWARDS.replace("0.25", "0.125"))
+    capsys.readouterr()
+    own(*words, "--samples", "3")
+    assert f"{folder} was trained with other inputs or code: it is replaced" in capsys.readouterr().out
+    assert set(pd.read_csv(results / "cmdp-chance/0.csv")["correct"]) <= {0.125, 0.625}
+
+
+def test_a_reward_that_teaches_nothing_is_said_early_and_at_the_end(own, capsys):
+    words = ["--reward", "exact", "--answer_column", "target", "--max_steps", "11", "--save_steps", "50"]
+    own(*words, "--no_before")
+    said = capsys.readouterr().err
+    assert "In 10 steps all completions of a prompt earned the same reward" in said
+    assert "In 11 steps all completions of a prompt earned the same reward" in said
+    own(*words, "--no_before", "--method", "gkd")  # which asks for none
+    assert "earned the same" not in capsys.readouterr().err
+    Path("any.py").write_text("def vary(completions, **columns): return [len(set(x)) % 5 / 5 for x in completions]")
+    own("--reward", "any.py:vary", "--no_before", "--output", "other")
+    assert "earned the same" not in capsys.readouterr().err
+
+
+def test_a_file_of_rewards_runs_once_until_it_changes(own, tmp_path):
+    text = f"open({str(tmp_path / 'runs')!r}, 'a').write('x')\n" + REWARDS
+    for runs in (1, 2):
+        Path("counted.py").write_text(text + "\n" * runs)
+        for name in ("ends", "raises"):
+            tasks.load_task(f"counted.py:{name}")
+        assert len((tmp_path / "runs").read_text()) == runs
 
 
 def test_keys_come_from_a_file_and_the_command_line_wins(own):
@@ -148,8 +216,11 @@ def test_settings_of_the_method_are_not_asked_of_the_student_before_training(own
     [
         ("--reward exact --dataset nowhere.jsonl", "nowhere.jsonl is no file or folder here"),
         ("--reward exact", r"own\.jsonl \(train\), row 1: .*no answer in its columns prompt, target, more"),
-        ("--reward exact --answer_column gold", r"has no column 'gold'\. It has: prompt, target, more"),
-        ("--reward exact --prompt_column text", "has no column 'text'"),
+        (
+            "--reward exact --answer_column gold",
+            r"has no column 'gold'\. It has: prompt, target, more\. .*--answer_column",
+        ),
+        ("--reward exact --prompt_column text", "has no column 'text'.* Name yours by --prompt_column"),
         ("--reward chess", "The task is one of .*not 'chess'"),
         ("--reward rewards.py:nothing", r"rewards\.py has no function 'nothing'\. It has: ends, raises"),
         ("--reward rewards.py:constant", "has no function 'constant'"),
@@ -174,14 +245,13 @@ def test_settings_of_the_method_are_not_asked_of_the_student_before_training(own
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_before_weights_load(own, monkeypatch, words, message):
-    from cmdp import models
-
     monkeypatch.setattr(models, "load_base", lambda *_: pytest.fail("weights were loaded"))
     Path("broken.py").write_text("def ends(:")
     Path("wrong.yaml").write_text("stundent: 3")
     with pytest.raises(SystemExit, match=message) as raised:
         own(*words.split())
     assert "\n" not in str(raised.value)
+    assert str(raised.value).count("cmdp distill") - str(raised.value).count("cmdp distill --help") == 1
     assert not Path("models").exists()
 
 

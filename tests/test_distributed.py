@@ -5,6 +5,7 @@ by `accelerate launch`, this file writes what two processes computed; the test c
 """
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,10 @@ import trl
 from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 from test_trainer import BUDGET, Gradients, build, distance
+
+from cmdp.storage import complete
+from cmdp.train import run_trainer
+from cmdp.trainer import CMDPTrainer
 
 CONFIGS = Path(trl.__file__).parent / "accelerate_configs"
 WHOLE = ["--fsdp_cpu_ram_efficient_loading=false", "--fsdp_sync_module_states=false"]  # both need a GPU
@@ -73,15 +78,29 @@ def one(tmp_path_factory):
     return results
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", LAUNCH)
-def test_two_processes_have_the_losses_and_weights_of_one(tmp_path, one, kind):
+def launch(kind: str, *words: str) -> None:
+    """Run this file in two processes."""
     common = ["--num_processes=2", "--mixed_precision=no", "--main_process_port=0"]
-    command = ["-m", "accelerate.commands.launch", *LAUNCH[kind], *common, __file__, str(tmp_path)]
+    command = ["-m", "accelerate.commands.launch", *LAUNCH[kind], *common, __file__, *words]
     paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr[-6000:]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path):
+    """With a checkpoint: one that stopped alone would leave the other waiting for ever."""
+    launch("ddp", str(tmp_path), "signal")
+    said = {(tmp_path / f"stopped-{rank}.txt").read_text() for rank in (0, 1)}
+    assert said == {"stopped at step 2: the same command resumes there"}
+    assert complete(tmp_path / "checkpoint-2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LAUNCH)
+def test_two_processes_have_the_losses_and_weights_of_one(tmp_path, one, kind):
+    launch(kind, str(tmp_path))
     assert set((tmp_path / "wrapper.txt").read_text().split()) == {WRAPPER[kind]}
     two = load_file(tmp_path / "two.safetensors")
     assert two.keys() == one.keys()
@@ -105,13 +124,36 @@ def let_accelerate_shard_on_cpus() -> None:
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
 
 
+def stopped(out: Path, **options) -> str:
+    """What a run says of which the second process alone gets a signal, in its second step."""
+
+    class Signalled(CMDPTrainer):
+        def training_step(self, *arguments, **more):
+            if self.state.global_step == 1 and self.accelerator.process_index == 1:
+                signal.raise_signal(signal.SIGTERM)
+            return super().training_step(*arguments, **more)
+
+    tokenizer = make_tokenizer()
+    models = make_model(tokenizer, seed=0), make_model(tokenizer, seed=1, hidden=24)
+    options |= {"num_generations": 8, "max_steps": 20, "gradient_accumulation_steps": 1, **CASES["exhausted"]}
+    trainer = build(*models, tokenizer, out, Signalled, **options | {"per_device_train_batch_size": 4})
+    trainer.remove_callback(Gradients)
+    try:
+        run_trainer(trainer, resume=False)
+    except KeyboardInterrupt as said:
+        return str(said)
+    return "not stopped"
+
+
 if __name__ == "__main__":
     out = Path(sys.argv[1])
     sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     if sharded:
         let_accelerate_shard_on_cpus()
     results, wrappers = {}, []
-    for case in CASES:
+    if sys.argv[2:] == ["signal"]:
+        (out / f"stopped-{os.environ['RANK']}.txt").write_text(stopped(out, use_cpu=True))
+    for case in CASES if not sys.argv[2:] else ():
         options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "use_cpu": not sharded}
         result, wrapper = steps(out, case, **options)
         results |= result

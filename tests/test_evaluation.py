@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_gpt2, make_model
 
 from cmdp.divergence import divergence_from_logits
-from cmdp.evaluation import evaluate, generate, ledger, score
+from cmdp.evaluation import evaluate, generate, score
 
 PROBLEMS = [{"prompt": "a b c", "answer": "x"}, {"prompt": "d e f g h", "answer": "a"}]
 TASK = SimpleNamespace(
@@ -90,6 +90,21 @@ def test_batches_do_not_change_what_a_completion_costs(student, teacher, tokeniz
             torch.testing.assert_close(alone[1], together[1][one], atol=1e-5, rtol=1e-4)
 
 
+def test_padding_moves_no_learned_position(tokenizer):
+    """GPT-2 counts positions from 0, on which padding on the left must have no effect."""
+    models = make_gpt2(tokenizer, seed=0), make_gpt2(tokenizer, seed=1, hidden=24)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        ids, attention, _, mask = generate(models[0], tokenizer, [row["prompt"] for row in PROBLEMS], True, LENGTH)
+        together = score(*models, len(tokenizer), ids, attention, mask)
+        assert attention[0, 0] == 0, "the first prompt is padded"
+        whole = attention[:1, attention[0].argmax() :]
+        alone = score(*models, len(tokenizer), ids[:1, -whole.shape[1] :], whole, mask[:1])
+    for padded, bare in zip(together, alone, strict=True):
+        assert bare.abs().max() > 0.1
+        torch.testing.assert_close(padded[:1], bare, atol=1e-5, rtol=1e-4)
+
+
 def test_positions_count_and_quantiles_agree_with_the_completions(tables):
     completions, positions = tables
     sampled = completions[completions["decoding"] == "sampled"]
@@ -99,16 +114,6 @@ def test_positions_count_and_quantiles_agree_with_the_completions(tables):
     assert last["mean"] == pytest.approx(sampled["cost"].mean(), rel=1e-5)
     assert last["q50"] == pytest.approx(sampled["cost"].median(), rel=1e-5)
     assert (positions["mean"].diff().dropna() >= -1e-6).all()
-
-
-def test_a_ledger_spends_the_budget_and_pays_both_rewards(student, teacher, tokenizer):
-    settings = {"budget": 0.5, "budget_form": "total", "lam": 2.0}
-    table = ledger(student, teacher, tokenizer, PROBLEMS[0], TASK, settings, LENGTH, seed=3)
-    assert table["remaining"].to_list() == pytest.approx((0.5 - table["cost"].cumsum()).to_list(), abs=1e-5)
-    assert (table["remaining"] < 0).any(), "this budget is exceeded"
-    over = table["remaining"] < 0
-    assert table["exhausted"].to_list() == pytest.approx((-2.0 * table["cost"] * over).to_list(), abs=1e-5)
-    assert table["overshoot"].sum() == pytest.approx(2.0 * table["remaining"].iloc[-1], abs=1e-5)
 
 
 def test_a_completion_ends_at_every_end_token_of_the_model(student, tokenizer):

@@ -106,11 +106,13 @@ def test_an_exported_adapter_computes_the_students_logits_without_this_package(r
     before = logits(base)
     student = logits(PeftModel.from_pretrained(base, run))
     assert (student - before).abs().max() > 1e-2  # the adapter does something
-    monkeypatch.chdir(tmp_path)  # where the base has a relative name; it loads from elsewhere too
-    (run / "cmdp.json").write_text(json.dumps(RECORD | {"student": "./base"}))
-    export(run, tmp_path / "out", merge)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()
-    deployed, ids = deploy(tmp_path / "out", tmp_path / "elsewhere")
+    export(run, tmp_path / "out", merge)
+    for path in (tmp_path / "out").rglob("*"):  # no path of this machine goes along
+        assert path.is_dir() or str(tmp_path).encode() not in path.read_bytes(), path
+    # an adapter's base is found from where it was exported, and weights load anywhere
+    deployed, ids = deploy(tmp_path / "out", tmp_path / "elsewhere" if merge else tmp_path)
     torch.testing.assert_close(deployed, student, rtol=1e-4, atol=1e-4)
     assert len(ids) > 3
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -118,7 +120,6 @@ def test_an_exported_adapter_computes_the_students_logits_without_this_package(r
     assert ("adapter_model.safetensors" in names) != merge
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl", ".py", ".csv"))]
     assert "cmdp.json" not in names
-    assert str(tmp_path) not in (tmp_path / "out/README.md").read_text()
 
 
 def test_a_student_trained_whole_is_exported_as_it_is(tmp_path):
@@ -207,6 +208,15 @@ def test_the_card_says_what_was_recorded_at_training(run, tmp_path):
     ):
         assert fact in loaded.text
     assert "nan" not in loaded.text
+
+
+def test_the_card_names_the_adapters_of_student_and_teacher():
+    adapters = {"teacher_adapter": "models/tuned/gkd/0", "student_adapter": "/home/someone/adapter"}
+    text = card("out", RECORD | adapters, "org/student", False).text
+    assert "base model: org/student, from the adapter adapter (local) on\n" in text
+    assert "teacher: teacher.gguf (local) with the adapter models/tuned/gkd/0 (local)\n" in text
+    assert "/home/someone" not in text
+    assert "adapter" not in card("out", RECORD, "org/student", False).text
 
 
 def test_the_card_of_an_unmeasured_run_and_of_a_method_without_constraint_say_so():

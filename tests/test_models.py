@@ -7,13 +7,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_gpt2, make_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from cmdp import cli, train
 from cmdp.divergence import divergence_from_hidden, divergence_from_logits, lm_head
-from cmdp.models import ModelSpec, check_specs, load_base, load_pair, load_tokenizer, pick_dtype, prune, same_weights
+from cmdp.models import (
+    ModelSpec,
+    check_specs,
+    load_base,
+    load_pair,
+    load_tokenizer,
+    pick_dtype,
+    positions,
+    prune,
+    same_weights,
+)
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 FAMILIES = {
@@ -92,6 +103,13 @@ def distil(student, teacher, tokenizer, out, **changes) -> list[dict]:
         return [float(a in completion) for completion, a in zip(completions, answer, strict=True)]
 
     return train.distil("cmdp-overshoot", student, teacher, tokenizer, problems, right, out, False, settings)
+
+
+def test_only_models_of_learned_positions_are_told_them(tokenizer):
+    attention = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
+    told = positions(make_gpt2(tokenizer, seed=0), attention)["position_ids"]
+    assert told.tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 3]]
+    assert positions(make_model(tokenizer, seed=0), attention) == {}  # rotary
 
 
 # ---- what is trained and what is not ----

@@ -16,8 +16,6 @@ from cmdp.reward import (
     discount_factors,
     group_advantages,
     modified_reward,
-    remaining_budget,
-    satisfied,
     token_advantages,
     trajectory_budget,
 )
@@ -29,6 +27,16 @@ LIMITS = st.one_of(st.floats(0, 20), st.just(math.inf), st.just(0.0))
 
 
 # ---- cost and budget ----
+
+
+def remaining_budget(cost, mask, limit, form="total", discount=1.0):
+    """z_t = d - C_t, (B, T)."""
+    return trajectory_budget(limit, mask, form).to(cost.dtype)[:, None] - cumulative_cost(cost, mask, discount)
+
+
+def satisfied(*arguments):
+    """Whether each trajectory keeps its budget, (B,)."""
+    return remaining_budget(*arguments)[:, -1] >= 0
 
 
 @st.composite

@@ -13,12 +13,13 @@ import weakref
 
 import pytest
 import torch
-from conftest import COMPLETIONS, EOS, MAX_LENGTH, PROMPTS, score
+from conftest import COMPLETIONS, EOS, MAX_LENGTH, PROMPTS, make_gpt2, score
 from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 
+from cmdp.divergence import divergence_from_logits
 from cmdp.methods import METHODS
 from cmdp.reward import FORMS, modified_reward
 from cmdp.trainer import CMDPConfig, CMDPTrainer
@@ -119,6 +120,36 @@ def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
     size = sum(theirs[name].double().square().sum() for name in ours)
     assert size > 0
     return (difference / size).sqrt().item()
+
+
+# ---- positions ----
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "k2"])
+def test_padding_moves_no_learned_position_of_student_or_teacher(tokenizer, tmp_path, divergence):
+    """Costs, and the divergence in the loss, are those of completions without padding."""
+    student, teacher = make_gpt2(tokenizer, seed=0), make_gpt2(tokenizer, seed=1, hidden=24)
+    cost = 0.0
+    for row, completion in enumerate(COMPLETIONS):
+        prompt = tokenizer(PROMPTS[row // GROUP], add_special_tokens=False).input_ids
+        ids, at = torch.tensor([prompt + completion]), len(prompt) - 1
+        with torch.no_grad():
+            logits = [model(ids).logits[0, at:-1] for model in (student, teacher)]
+        chosen = [x.log_softmax(-1).gather(-1, ids[0, at + 1 :, None])[:, 0] for x in logits]
+        each = divergence_from_logits(*logits) if divergence == "reverse_kl" else (chosen[1] - chosen[0]).square() / 2
+        cost += each.sum().item()
+    options = {"reward_form": "lagrangian", "lam": 1.0, "divergence": divergence}
+    trainer = build(student, teacher, tokenizer, tmp_path, **options)
+    one_step(trainer)
+    logged = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    assert logged["cost/mean"] == pytest.approx(cost / len(COMPLETIONS), rel=1e-4)
+    assert logged["loss/single_step"] == pytest.approx(cost / sum(map(len, COMPLETIONS)), rel=1e-4)
+    told = []
+    student.transformer.register_forward_pre_hook(
+        lambda _, __, call: told.append(call["position_ids"]), with_kwargs=True
+    )
+    one_step(build(student, teacher, tokenizer, tmp_path, reward_form="lagrangian", lam=0.0))  # without teacher
+    assert [sorted(ids[:, 4].tolist()) for ids in told] == 2 * [[2, 2, 2, 2, 4, 4, 4, 4]]  # prompts end
 
 
 # ---- agreement with TRL's own trainers ----

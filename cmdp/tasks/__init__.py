@@ -5,6 +5,7 @@ A task is `arithmetic`, whose problems are generated; a reward on a dataset of o
 `is_correct(completion, answer)` or, in TRL's signature, `reward(completions, **columns)`.
 """
 
+import functools
 import importlib.util
 import inspect
 import json
@@ -13,9 +14,10 @@ import random
 import re
 import sys
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+
+from cmdp.storage import one_line
 
 NAMES = {name: name for name in ("arithmetic", "gsm", "competition_math", "exact")}
 NAMES |= {"gsm8k": "gsm", "math": "competition_math"}  # as the datasets are called
@@ -31,12 +33,11 @@ def load_task(name: str) -> ModuleType | SimpleNamespace:
 
     Raises `ValueError` for an unknown name, or a file that does not run or lacks the function, and `FileNotFoundError`
     where there is no such file."""
-    path, _, function = str(name).rpartition(":")
+    (path, _, function), alone = str(name).rpartition(":"), {"steps_are_valid": lambda *_: math.nan}
     if path.endswith(".py"):
-        return SimpleNamespace(reward=_own_reward(Path(path), function), steps_are_valid=lambda *_: math.nan)
+        return SimpleNamespace(reward=_own_reward(Path(path), function), files=[Path(path)], **alone)
     if name == "exact":
-        right = {"is_correct": lambda completion, answer: completion.strip() == answer, "parse": _stripped}
-        return SimpleNamespace(**right, steps_are_valid=lambda *_: math.nan)
+        return SimpleNamespace(is_correct=lambda text, answer: text.strip() == answer, parse=_stripped, **alone)
     if name not in NAMES:
         raise ValueError(f"The task is one of {', '.join(NAMES)} or PATH.py:function, not {name!r}.")
     return importlib.import_module(f"cmdp.tasks.{NAMES[name]}")
@@ -46,15 +47,7 @@ def _own_reward(path: Path, name: str) -> Callable:
     """The function `name` of the file `path`, which is run, as a reward that says in one line what is wrong with it."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path} in {Path.cwd()}: name a reward as PATH.py:function.")
-    spec = importlib.util.spec_from_file_location(f"cmdp_reward_{path.stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses and pickle look for it
-    try:
-        sys.path.insert(0, str(path.parent))
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file raises
-        raise ValueError(f"{path} does not run: {_said(error)}") from error
-    finally:
-        sys.path.remove(str(path.parent))
+    module = _run(path.resolve(), path.read_bytes())
     function = getattr(module, name, None)
     if not inspect.isfunction(function):
         functions = ", ".join(key for key, value in vars(module).items() if inspect.isfunction(value))
@@ -64,7 +57,7 @@ def _own_reward(path: Path, name: str) -> Callable:
         try:  # with what training and evaluation both have
             found = [float(value) for value in function(completions=completions, prompts=prompts, **rows)]
         except Exception as error:
-            raise ValueError(f"{path}:{name} raised {_said(error)}") from error
+            raise ValueError(f"{path}:{name} raised {type(error).__name__}: {one_line(error)}") from error
         if len(found) != len(completions) or not all(0 <= value <= 1 for value in found):
             wrong = [value for value in found if not 0 <= value <= 1][:1]
             given = f"{wrong[0]:g}" if wrong else f"{len(found)} for {len(completions)} completions"
@@ -74,14 +67,25 @@ def _own_reward(path: Path, name: str) -> Callable:
     return reward
 
 
+@functools.lru_cache(maxsize=8)
+def _run(path: Path, content: bytes) -> ModuleType:
+    """The module of a file, run once for its `content`. Raises `ValueError` if it does not run."""
+    spec = importlib.util.spec_from_file_location(f"cmdp_reward_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses and pickle look for it
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises
+        raise ValueError(f"{path} does not run: {type(error).__name__}: {one_line(error)}") from error
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
 def _stripped(row: dict) -> dict[str, str]:
     if row.get("answer") is None:
         raise ValueError(f"has no answer in its columns {', '.join(row)}")
     return {"answer": str(row["answer"]).strip(), "solution": ""}
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
 
 
 def reward(task) -> Callable[..., list[float]]:
@@ -98,7 +102,7 @@ def load_problems(settings: Mapping, tokenizer=None) -> dict[str, list[dict]]:
     arguments of its `problems`, or of `from_dataset`. Raises `ValueError` where the name or an argument is unknown, or
     one is missing."""
     task = load_task(settings.get("name"))
-    problems = getattr(task, "problems", None) or partial(from_dataset, task)
+    problems = getattr(task, "problems", None) or functools.partial(from_dataset, task)
     signature = inspect.signature(problems)
     arguments = {key: value for key, value in settings.items() if key not in ("name", "prompt_length")}
     arguments |= {"tokenizer": tokenizer} if "tokenizer" in signature.parameters else {}
@@ -157,7 +161,8 @@ def from_dataset(
         found, columns = [], [*rows[0]] if rows else []
         column = prompt_column or next((name for name in QUESTIONS if name in columns), QUESTIONS[0])
         if missing := [name for name in (column, answer_column) if name and name not in columns]:
-            raise ValueError(f"{where} has no column {missing[0]!r}. It has: {', '.join(columns) or 'no rows'}.")
+            has, name = ", ".join(columns) or "no rows", "prompt" if column in missing else "answer"
+            raise ValueError(f"{where} has no column {missing[0]!r}. It has: {has}. Name yours by --{name}_column.")
         for number, row in enumerate(rows, 1):
             try:
                 if not row[column] or not isinstance(row[column], (str, list)):
@@ -167,7 +172,7 @@ def from_dataset(
                 parsed = task.parse(row) if hasattr(task, "parse") else own
                 found.append({**parsed, "prompt": prompt(row[column], column)})
             except Exception as error:  # a chat template may raise its own
-                raise ValueError(f"{where}, row {number}: {' '.join(str(error).split())}.") from error
+                raise ValueError(f"{where}, row {number}: {one_line(error)}.") from error
         return found
 
     if source in getattr(task, "GENERATED", {}):
@@ -199,9 +204,9 @@ def read(source: str | Path) -> dict[str, list[dict]]:
     try:
         parts = [datasets.load_dataset(name, None if each == "default" else each) for each in names.split()]
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        hint = f"unset HF_HUB_OFFLINE to download it, or give a folder with train.jsonl ({_said(error)})."
-        said = f"{source} is no file or folder here, nor cached or reachable on the Hub"
-        raise FileNotFoundError(f"{said}: {hint}") from error
+        said = f"{source} is no file or folder here, nor cached or reachable on the Hub ({one_line(error)})"
+        hint = "unset HF_HUB_OFFLINE to download it, or give a folder with train.jsonl"
+        raise FileNotFoundError(f"{said}: {hint}.") from error
     return {split: [row for part in parts for row in part[split].to_list()] for split in parts[0]}
 
 
@@ -238,7 +243,7 @@ def _read_files(files: list[Path]) -> list[dict]:
                 found = json.loads(line)
                 rows += map(dict, found if line is whole and isinstance(found, list) else [found])
     except Exception as error:  # the builders raise what their readers do, and StopIteration for an empty file
-        raise ValueError(f"{fault}: {_said(error.__cause__ or error)}") from error
+        raise ValueError(f"{fault}: {one_line(error.__cause__ or error)}") from error
     if not rows:
         raise ValueError(f"{fault}.")
     columns = dict.fromkeys(name for row in rows for name in row)

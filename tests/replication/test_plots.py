@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import make_model
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
 
@@ -354,3 +355,11 @@ def test_a_study_of_a_few_runs_is_drawn(made):
     shown = plots.violation(violation[violation["run"].isin(few)], STYLE)
     assert set(points(shown.axes[0])) == {"sft", "grpo", "cmdp"}
     assert len(plots.capacity(summary[summary["run"].isin(few)], STYLE, RUNS, 0.95).axes) == 1
+
+
+def test_a_ledger_spends_the_budget(tokenizer):
+    models = make_model(tokenizer, seed=0, spread=2.0), make_model(tokenizer, seed=1, hidden=24, spread=2.0)
+    table = plots.ledger(*models, tokenizer, {"prompt": "a b c"}, 0.5, 12, seed=3)
+    assert table["remaining"].to_list() == pytest.approx((0.5 - table["cost"].cumsum()).to_list(), abs=1e-5)
+    assert (table["remaining"] < 0).any(), "this budget is exceeded"
+    assert plots.token_ledger(table, 0.5).axes
