@@ -33,8 +33,8 @@ def write_choice(results: Path = RESULTS) -> None:
 
 def trials(folder: Path, tuning: dict) -> pd.DataFrame:
     """All trials of `tuning` (experiments.yaml), a row each: `run`, `trial`, `seeds`, the settings tried, and the means
-    over seeds of `MEASURED`. Raises `FileNotFoundError` if an entry has no trials, `ValueError` if fewer or more than were
-    asked for, or other seeds."""
+    over seeds of `MEASURED`. Raises `FileNotFoundError` if an entry has no trials, `ValueError` if fewer or more than
+    were asked for, or other seeds."""
     tables = []
     for name in tuning["entries"]:
         path = folder / f"{name}.csv"
