@@ -19,6 +19,16 @@ STAGES = {  # stage: the function it calls, what it does, and whether it takes a
     "readme": ("readme:fill_all", "fill the generated tables of README.md and docs/", False),
     "benchmark": ("benchmark:benchmark", "time a step next to TRL's trainers: results/benchmark/NAME.csv", True),
     "gsm8k": ("gsm8k:write", "check GSM8K's own solutions, from the folder NAME: results/gsm8k/check.json", True),
+    "laptop-problems": ("laptop:write_problems", "write the problems of profiles/laptop.yaml: problems/laptop", False),
+    "laptop-start": (
+        "laptop:start",
+        "train a start adapter of SmolLM2-135M, teacher or student: results/smollm2",
+        True,
+    ),
+    "laptop-tune": ("laptop:tune", "try learning rates of the run NAME of profiles/laptop.yaml", True),
+    "laptop-choose": ("laptop:choose", "gather what was tried: results/smollm2/tuning.csv", False),
+    "laptop-tasks": ("laptop:write_tasks", "write the problems of twelve tasks: problems/laptop/tasks.json", False),
+    "laptop-knows": ("laptop:measure_tasks", "what SmolLM2-135M knows of them: results/smollm2/tasks.csv", False),
     "keys": ("experiments:print_keys", "print the runs of a part, as a pattern for parallel.sh", True),
     "smoke": ("experiments:shrink", "shrink the parameter files under the folder NAME to profiles/smoke.yaml", True),
 }
