@@ -75,20 +75,32 @@ def kernels() -> dict:
     return {"largest_error": max(errors.values()), "same_text": texts["cpu"] == texts["cuda"], "errors": errors}
 
 
+def write_tokenizer(folder: Path, family: str):
+    """A tokenizer of `IDS` ids that takes each letter for a token; returns it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special, letters = ["<pad>", "<eos>", "<unk>"], sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*special, *letters, *(f"filler{index}" for index in range(IDS[family] - 3 - len(letters)))]
+    inner = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, []))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    names = dict(zip(("pad_token", "eos_token", "unk_token"), special, strict=True))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
 def write_model(folder: Path, arguments: tuple) -> None:
     """A model of a published shape with random weights, in bfloat16, and a tokenizer with as many ids as its own."""
     from test_memory import shape
     from transformers import AutoModelForCausalLM
 
-    from cmdp.models import build_tokenizer
-
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(shape(*arguments), dtype=torch.bfloat16)
-    tokenizer = build_tokenizer([f"w{index}" for index in range(IDS[arguments[0]] - 3)])
+    tokenizer = write_tokenizer(folder, arguments[0])
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.config.bos_token_id = model.generation_config.bos_token_id = None
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def train(name: str, folder: Path) -> dict:
@@ -105,7 +117,9 @@ def train(name: str, folder: Path) -> dict:
         content[role]["model"] = str(folder / role)
     gc.collect()
     torch.cuda.empty_cache()
-    rows = [{"prompt": f"w{index} " * content["task"]["prompt_length"], "answer": "w1"} for index in range(80)]
+    length, letters = content["task"]["prompt_length"], [chr(97 + index) for index in range(26)]
+    prompts = [a + b + "w" * (length - 2) for a in letters[:4] for b in letters[:20]]
+    rows = [{"prompt": prompt, "answer": "none"} for prompt in prompts]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sizes = {"train": 64, "test": 4}
     content["task"] |= {"name": "exact", "source": str(folder / "data.jsonl"), "sizes": sizes}
