@@ -433,6 +433,8 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
     """Train and measure `runs` with `seeds`, and sum up all results there are in results/NAME."""
     from accelerate.utils import release_memory
 
+    from cmdp.memory import device_name
+
     results, every = RESULTS / experiment.name, [(run, seed) for run in runs for seed in seeds]
     if int(os.environ.get("RANK", "0")):  # the first process measures
         for each in every:
@@ -465,7 +467,8 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
     storage.write_table(summary, results / "summary.csv")
     times = gather(results, "training").reindex(columns=["run", *PHASES]).groupby("run", sort=False).median()
     storage.write_table(times.reset_index(), results / "timing.csv")
-    storage.write_json(storage.provenance(), results / "provenance.json")
+    device = device_name(pick_device(experiment.train.get("use_cpu", False)))
+    storage.write_json(storage.provenance() | {"device": device}, results / "provenance.json")
     storage.write_text(yaml.safe_dump(dataclasses.asdict(experiment), sort_keys=False), results / "profile.yaml")
     print(f"Summary of {summary['run'].nunique()} runs: {results}/summary.csv\n{shown(summary)}")
 

@@ -20,6 +20,7 @@ STAGES = {  # stage: the function it calls, what it does, and whether it takes a
     "benchmark": ("benchmark:benchmark", "time a step next to TRL's trainers: results/benchmark/NAME.csv", True),
     "gsm8k": ("gsm8k:write", "check GSM8K's own solutions, from the folder NAME: results/gsm8k/check.json", True),
     "laptop-problems": ("laptop:write_problems", "write the problems of profiles/laptop.yaml: problems/laptop", False),
+    "laptop-unpack": ("laptop:unpack", "unpack the weights of SmolLM2-135M: models/smollm2/base", False),
     "laptop-start": (
         "laptop:start",
         "train a start adapter of SmolLM2-135M, teacher or student: results/smollm2",

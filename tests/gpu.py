@@ -169,9 +169,10 @@ def check(name: str) -> dict:
 def main(names: list[str]) -> None:
     if not torch.cuda.is_available():
         sys.exit("PyTorch finds no GPU here.")
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     for name in names or [KERNELS, *CHECKS]:  # each in a process of its own, whose peak is its own
         command = [sys.executable, __file__, "--in-this-process", name]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path})
         sys.stdout.write(done.stdout)
         if done.returncode:
             print(f"{name}: failed, {done.returncode}", flush=True)
