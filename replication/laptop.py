@@ -159,7 +159,7 @@ def start(role: str) -> None:
 
 RATES = (1e-4, 3e-4, 1e-3)  # tried for every method
 SCORED = {"gkd": "closeness", "grpo": "accuracy", "gkd-grpo": "lagrangian"}  # by `run.score_of`; others: constrained
-TUNED, TUNING_SEED = START / "tuning.csv", 100
+TUNED, TUNING_SEED, TUNING_STEPS = START / "tuning.csv", 100, 25
 
 
 def tune(run: str) -> None:
@@ -170,7 +170,8 @@ def tune(run: str) -> None:
 
     run, _, rates = run.partition(":")
     for rate in map(float, [rates] if rates else RATES):
-        asked = [f"runs.{run}.learning_rate={rate}", "evaluate.split=validation", "evaluate.greedy=false"]
+        asked = [f"runs.{run}.learning_rate={rate}", f"train.max_steps={TUNING_STEPS}"]
+        asked += ["evaluate.split=validation", "evaluate.greedy=false"]
         experiment = train.read(PROFILE, *asked)
         experiment.name = f"laptop-tuning-{RATES.index(rate)}"
         train.train(experiment, run, TUNING_SEED, check_fit=False)
