@@ -106,9 +106,8 @@ def _is_end(student, tokenizer, ids: Tensor) -> Tensor:
 
 
 def score(student, teacher, vocab_size: int, ids: Tensor, attention: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    """At each completion token the reverse KL to the teacher, over the first `vocab_size` ids; the student's entropy and
-    its log-probability of the token, over all rows of its head, which it samples. In nats, (B, T) each, 0 off the mask.
-    """
+    """At each completion token the reverse KL to the teacher, over the first `vocab_size` ids, the student's entropy
+    and its log-probability of the token, over all rows of its head: in nats, (B, T) each, 0 off the mask."""
     keep = mask.shape[1]
     hidden = [
         model.base_model(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state[:, -keep - 1 : -1]

@@ -230,7 +230,8 @@ def distil(
 
 
 def _progress_bar():
-    """A callback that shows steps, the time left, CSR and task reward, on a terminal and in notebooks."""
+    """A callback that shows steps, the time left, CSR and task reward, on a terminal and in notebooks, and anywhere says
+    once how long the run will take, from its second step."""
     from tqdm.auto import tqdm
     from transformers import TrainerCallback
     from transformers.utils.import_utils import is_in_notebook
@@ -242,6 +243,12 @@ def _progress_bar():
 
         def on_step_end(self, args, state, control, **_):
             self.bar.update(state.global_step - self.bar.n)
+            before, self.last = getattr(self, "last", 0.0), time.monotonic()
+            if state.global_step == self.bar.initial + 2 and state.is_world_process_zero:
+                step, left = self.last - before, state.max_steps - state.global_step
+                print(
+                    f"A step takes {step:.1f} s: {step * left / 60:.0f} min for the rest of this run.", file=sys.stderr
+                )
 
         def on_log(self, args, state, control, logs, **_):
             self.bar.set_postfix({name: f"{logs[name]:.3f}" for name in ("csr", "task_reward") if name in logs})

@@ -29,6 +29,7 @@ STAGES = {  # stage: the function it calls, what it does, and whether it takes a
     "laptop-ceiling": ("laptop:write_ceiling", "what a budget buys of it: results/smollm2/ceiling.csv", False),
     "laptop-tasks": ("laptop:write_tasks", "write the problems of twelve tasks: problems/laptop/tasks.json", False),
     "laptop-knows": ("laptop:measure_tasks", "what SmolLM2-135M knows of them: results/smollm2/tasks.csv", False),
+    "profile": ("profile:run", "train and measure profiles/NAME.yaml and judge C4 or C5 on it: results/NAME", True),
     "keys": ("experiments:print_keys", "print the runs of a part, as a pattern for parallel.sh", True),
     "smoke": ("experiments:shrink", "shrink the parameter files under the folder NAME to profiles/smoke.yaml", True),
 }

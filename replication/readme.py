@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from cmdp.storage import read_yaml, write_text
+from cmdp.storage import read, read_yaml, write_text
 from replication.experiments import RESULTS, gather, rows
 from replication.theory import OURS
 from replication.theory.tables import percent, sampled_learners
@@ -159,10 +159,10 @@ def laptop_table(results: Path) -> str:
     """The measures of profiles/laptop.yaml: a row per run, and what it was run on."""
     folder, phases = results / "laptop", ("generation", "scoring", "update")
     summary, times = pd.read_csv(folder / "summary.csv"), pd.read_csv(folder / "timing.csv").set_index("run")
-    memory = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "memory").glob("*/*.json"))]
+    memory, made = [*map(read, sorted((folder / "memory").glob("*/*.json")))], read(folder / "provenance.json")
     for phase in phases:
         seconds = summary["run"].map(times[f"time/{phase}"])
-        summary[f"{phase} (s)"] = seconds.map("{:.0f}".format, na_action="ignore").fillna("-")
+        summary[f"{phase} (s)"] = seconds.map("{:.2g}".format, na_action="ignore").fillna("-")
     columns = {name: COLUMNS[name] for name in ("accuracy", "greedy_accuracy", "csr")}
     columns |= {"kl_per_token": "nats per token", "cost": COLUMNS["cost"]}
     table = measures_table(summary, columns, tuple(f"{phase} (s)" for phase in phases))
@@ -170,18 +170,52 @@ def laptop_table(results: Path) -> str:
     train, evaluated = profile["train"], profile["evaluate"]
     batch = train["per_device_train_batch_size"] * train.get("gradient_accumulation_steps", 1)
     taken, summed = (max(entry[key] for entry in memory) for key in ("taken_gib", "summed_gib"))
-    threads = f", {memory[0]['threads']} thread(s) per run" if train.get("use_cpu") else ""
+    threads = f", {memory[0]['threads']} thread(s) per run" if made["device"] == made["processor"] else ""
+    form = "nats per token" if profile["budget"]["budget_form"] == "per_token" else "nats"
     return (
         f"{table}\n\n{train['max_steps']} steps of {batch} completions of at most {train['max_completion_length']} "
-        f"tokens, timed per step; a budget of {profile['budget']['budget']} nats per token; {evaluated['prompts']} "
-        f"held-out prompts, {evaluated['samples']} completions each; seed {', '.join(map(str, profile['seeds']))}. On "
-        f"{memory[0]['device']}{threads}; memory {taken:.1f} GiB, {summed:.1f} by the sum."
+        f"tokens, timed per step; a budget of {profile['budget']['budget']} {form}; {evaluated['prompts']} held-out "
+        f"prompts, {evaluated['samples']} completions each; seeds: {summary['seeds'].max()}; in brackets 95 % "
+        f"bootstrap intervals. On {memory[0]['device']}{threads}; memory {taken:.1f} GiB, {summed:.1f} by the sum."
     )
+
+
+def laptop_ceiling_table(results: Path) -> str:
+    """What each budget buys on the prompts of profiles/laptop.yaml: a row per budget."""
+    table, shares = pd.read_csv(results / "smollm2" / "ceiling.csv"), ["ceiling", "budgeted", "soft"]
+    lines = [[f"{row['budget']:g}", *percents(row, *shares)] for _, row in table.iterrows()]
+    teacher = 100 * pd.read_csv(results / "smollm2" / "chains.csv").prod(axis=1).mean()
+    columns = ["budget (nats)", "ceiling (%)", "budgeted optimum (%)", "best soft Lagrangian at CSR 95 % (%)"]
+    return f"{markdown(columns, lines)}\n\nThe teacher's own accuracy, sampled, is {teacher:.1f} %."
+
+
+def laptop_tasks_table(results: Path) -> str:
+    """What SmolLM2-135M-Instruct knows before any training: a row per task."""
+    table = pd.read_csv(results / "smollm2" / "tasks.csv")
+    lines = [[row["task"], *percents(row, "greedy", "sampled")] for _, row in table.iterrows()]
+    return markdown(["task", "greedy (%)", "sampled (%)"], lines)
+
+
+def laptop_examples_table(results: Path, count: int = 4, seed: int = 0) -> str:
+    """Completions before and after training, of prompts drawn by `seed`: a row per prompt."""
+    runs = {"before": "sft", "gkd": "gkd", "grpo": "grpo", "cmdp-chance": "cmdp-chance"}
+    texts = {name: pd.read_csv(results / "laptop" / "texts" / run / "0.csv") for name, run in runs.items()}
+    firsts = pd.DataFrame({name: table.groupby("prompt")["completion"].first() for name, table in texts.items()})
+    lines = []
+    for prompt, row in firsts.sample(count, random_state=seed).iterrows():
+        asked = prompt.partition("user\n")[2].partition("<|im_end|>")[0]
+        lines.append([asked, *(f"`{text.strip()}`".replace("\n", "; ") for text in row)])
+    return markdown(["problem", *runs], lines)
 
 
 FILES: dict[str, dict[str, Callable[[Path], str]]] = {
     "README.md": {"gain": gain_table, "results": default_table, "verdicts": partial(claims_table, columns=())},
     "docs/study.md": dict(contest=contest_table, study=study_table, equal=equal_table, claims=claims_table),
     "docs/theory.md": {"theory": theory_table},
-    "docs/models.md": {"laptop": laptop_table},
+    "docs/models.md": {
+        "tasks": laptop_tasks_table,
+        "ceiling": laptop_ceiling_table,
+        "laptop": laptop_table,
+        "examples": laptop_examples_table,
+    },
 }
