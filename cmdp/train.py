@@ -230,25 +230,24 @@ def distil(
 
 
 def _progress_bar():
-    """A callback that shows steps, the time left, CSR and task reward, on a terminal and in notebooks, and anywhere says
-    once how long the run will take, from its second step."""
+    """A callback that shows steps, the time left, CSR and task reward, on a terminal and in notebooks. Anywhere it says
+    once, from the second step, how long the run will take."""
     from tqdm.auto import tqdm
     from transformers import TrainerCallback
     from transformers.utils.import_utils import is_in_notebook
 
     class Bar(TrainerCallback):
         def on_train_begin(self, args, state, control, **_):
+            self.first, self.last = state.global_step, 0.0
             hidden = not (state.is_world_process_zero and (is_in_notebook() or sys.stderr.isatty()))
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", disable=hidden)
 
         def on_step_end(self, args, state, control, **_):
             self.bar.update(state.global_step - self.bar.n)
-            before, self.last = getattr(self, "last", 0.0), time.monotonic()
-            if state.global_step == self.bar.initial + 2 and state.is_world_process_zero:
+            before, self.last = self.last, time.monotonic()
+            if state.global_step == self.first + 2 and state.is_world_process_zero:
                 step, left = self.last - before, state.max_steps - state.global_step
-                print(
-                    f"A step takes {step:.1f} s: {step * left / 60:.0f} min for the rest of this run.", file=sys.stderr
-                )
+                print(f"{step:.1f} s per step: {step * left / 60:.0f} min for the rest of this run.", file=sys.stderr)
 
         def on_log(self, args, state, control, logs, **_):
             self.bar.set_postfix({name: f"{logs[name]:.3f}" for name in ("csr", "task_reward") if name in logs})
@@ -440,8 +439,6 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
     """Train and measure `runs` with `seeds`, and sum up all results there are in results/NAME."""
     from accelerate.utils import release_memory
 
-    from cmdp.memory import device_name
-
     results, every = RESULTS / experiment.name, [(run, seed) for run in runs for seed in seeds]
     if int(os.environ.get("RANK", "0")):  # the first process measures
         for each in every:
@@ -474,8 +471,7 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
     storage.write_table(summary, results / "summary.csv")
     times = gather(results, "training").reindex(columns=["run", *PHASES]).groupby("run", sort=False).median()
     storage.write_table(times.reset_index(), results / "timing.csv")
-    device = device_name(pick_device(experiment.train.get("use_cpu", False)))
-    storage.write_json(storage.provenance() | {"device": device}, results / "provenance.json")
+    storage.write_json(storage.provenance() | {"device": record["memory"]["device"]}, results / "provenance.json")
     storage.write_text(yaml.safe_dump(dataclasses.asdict(experiment), sort_keys=False), results / "profile.yaml")
     print(f"Summary of {summary['run'].nunique()} runs: {results}/summary.csv\n{shown(summary)}")
 
