@@ -36,7 +36,7 @@ KERNELS = "kernels"
 
 
 def kernels() -> dict:
-    """The divergence and its gradient on the GPU next to the CPU's in float64, and generation next to the CPU's."""
+    """The divergence and its gradient on the GPU next to the CPU's, and generation next to the CPU's."""
     from cmdp.divergence import Head, divergence_from_hidden
     from cmdp.evaluation import generate, score
     from cmdp.models import build_model, build_tokenizer
