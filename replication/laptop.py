@@ -151,6 +151,7 @@ def start(role: str) -> None:
         parameter.data = parameter.data.to(torch.bfloat16)  # half the size, in git
     with storage.whole(START / role) as folder, storage.named(folder):
         model.save_pretrained(folder)
+        (folder / "README.md").unlink()  # an empty form
     losses = [round(entry["loss"], 3) for entry in trainer.state.log_history if "loss" in entry]
     print(f"{START / role}: losses in nats per token {losses[-3:]}")
 
