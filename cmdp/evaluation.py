@@ -105,8 +105,8 @@ def _is_end(student, tokenizer, ids: Tensor) -> Tensor:
 
 
 def score(student, teacher, vocab_size: int, ids: Tensor, attention: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    """At each completion token the reverse KL to the teacher, the student's entropy, and its log-probability of the
-    token, in nats: (B, T) each, 0 off the mask."""
+    """At each completion token the reverse KL to the teacher, over the first `vocab_size` ids, the student's entropy
+    and its log-probability of the token, over all rows of its head: in nats, (B, T) each, 0 off the mask."""
     keep = mask.shape[1]
     hidden, call = [], {"input_ids": ids, "attention_mask": attention, "use_cache": False}
     for model in (student, teacher):
@@ -114,10 +114,11 @@ def score(student, teacher, vocab_size: int, ids: Tensor, attention: Tensor, mas
         hidden.append(states[:, -keep - 1 : -1])
     heads = [lm_head(model, vocab_size) for model in (student, teacher)]
     cost = divergence_from_hidden(hidden[0], heads[0], hidden[1], heads[1], mask).clamp(min=0.0)
+    head = lm_head(student)
     on, rows = mask != 0, max(1, TILE // vocab_size)  # a tile of tokens at a time: (rows, V) logits of one model
     entropies, log_probs = [], []
     for states, tokens in zip(hidden[0][on].split(rows), ids[:, -keep:][on].split(rows), strict=True):
-        logps = heads[0].logits(states).log_softmax(-1)
+        logps = head.logits(states).log_softmax(-1)
         entropies.append(-(logps.exp() * logps).sum(-1))
         log_probs.append(logps.gather(-1, tokens[:, None])[:, 0])
     return cost, *(torch.zeros_like(cost).masked_scatter(on, torch.cat(x)) for x in (entropies, log_probs))

@@ -249,13 +249,15 @@ def _progress_bar():
 def run_trainer(trainer, resume: bool) -> list[dict]:
     """Train, and return the log, whose `seconds` of training add up over resumes. Checkpoints are certified as they are
     written, never between steps that share a rollout, which a checkpoint lacks. On SIGTERM or Ctrl-C of any process all
-    stop at the next step that can have one, with one, and raise `KeyboardInterrupt`; a second signal stops at once."""
+    stop at the next step that can have one, with one, and raise `KeyboardInterrupt`; a second signal stops at once.
+    The second step says how long the others will take."""
     import torch
     from transformers import TrainerCallback, TrainerState
     from transformers.trainer_utils import get_last_checkpoint
 
     class Keeper(TrainerCallback):
         signals = stopped = due = False
+        last = 0.0
 
         def stop(self, *_):
             if self.signals:
@@ -264,6 +266,7 @@ def run_trainer(trainer, resume: bool) -> list[dict]:
 
         def on_train_begin(self, args, state, control, **_):
             self.start = time.monotonic() - max((entry["seconds"] for entry in state.log_history), default=0.0)
+            self.timed = state.global_step + 2
 
         def on_log(self, args, state, control, logs, **_):
             state.log_history[-1]["seconds"] = time.monotonic() - self.start
@@ -283,6 +286,10 @@ def run_trainer(trainer, resume: bool) -> list[dict]:
             control.should_save = self.due and (between or state.global_step >= state.max_steps)
             self.due &= not control.should_save
             control.should_training_stop |= self.stopped and control.should_save
+            before, self.last = self.last, time.monotonic()
+            if state.global_step == self.timed and state.is_world_process_zero:
+                step, left = self.last - before, state.max_steps - state.global_step
+                print(f"{step:.2g} s per step: {step * left / 60:.0f} min for the rest of this run.", file=sys.stderr)
 
         def on_save(self, args, state, control, **_):
             args.distributed_state.wait_for_everyone()  # until each has written its part
@@ -491,7 +498,7 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
     storage.write_table(summary, results / "summary.csv")
     times = gather(results, "training").reindex(columns=["run", *PHASES]).groupby("run", sort=False).median()
     storage.write_table(times.reset_index(), results / "timing.csv")
-    storage.write_json(storage.provenance(), results / "provenance.json")
+    storage.write_json(storage.provenance() | {"device": record["memory"]["device"]}, results / "provenance.json")
     storage.write_text(yaml.safe_dump(dataclasses.asdict(experiment), sort_keys=False), results / "profile.yaml")
     print(f"Summary of {summary['run'].nunique()} runs: {results}/summary.csv\n{shown(means, completions)}")
 

@@ -19,6 +19,13 @@ STAGES = {  # stage: the function it calls, what it does, and whether it takes a
     "readme": ("readme:fill_all", "fill the generated tables of README.md and docs/", False),
     "benchmark": ("benchmark:benchmark", "time a step next to TRL's trainers: results/benchmark/NAME.csv", True),
     "gsm8k": ("gsm8k:write", "check GSM8K's own solutions, from the folder NAME: results/gsm8k/check.json", True),
+    "laptop-problems": ("laptop:write_problems", "write the problems of profiles/laptop.yaml: problems/laptop", False),
+    "laptop-unpack": ("laptop:unpack", "unpack the weights of SmolLM2-135M: models/smollm2/base", False),
+    "laptop-start": ("laptop:start", "train a start adapter, teacher or student: results/smollm2/NAME", True),
+    "laptop-ceiling": ("laptop:write_ceiling", "what a budget buys of it: results/smollm2/ceiling.csv", False),
+    "laptop-tasks": ("laptop:write_tasks", "write the problems of twelve tasks: problems/laptop/tasks.json", False),
+    "laptop-knows": ("laptop:measure_tasks", "what SmolLM2-135M knows of them: results/smollm2/tasks.csv", False),
+    "profile": ("profile:run", "train and measure profiles/NAME.yaml and judge C4 or C5 on it: results/NAME", True),
     "keys": ("experiments:print_keys", "print the runs of a part, or the entries of tuning, as a pattern", True),
     "smoke": ("experiments:shrink", "shrink the parameter files under the folder NAME to profiles/smoke.yaml", True),
 }

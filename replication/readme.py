@@ -1,13 +1,12 @@
 """Generated tables of README.md and docs/: written between markers, from results files alone."""
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
-from cmdp.storage import read_yaml, write_text
+from cmdp.storage import read, read_yaml, write_text
 from replication.experiments import RESULTS, gather, rows
 from replication.tables import spelled
 from replication.theory import OURS
@@ -148,27 +147,59 @@ def laptop_table(results: Path) -> str:
     """The measures of profiles/laptop.yaml: a row per run, and what it was run on."""
     folder, columns = results / "laptop", {name: COLUMNS[name] for name in ("accuracy", "greedy_accuracy", "csr")}
     columns |= {"kl_per_token": "nats per token", "cost": COLUMNS["cost"]}
-    times = pd.read_csv(folder / "timing.csv", index_col="run").map("{:.0f}".format)
+    times = pd.read_csv(folder / "timing.csv", index_col="run").map("{:.2g}".format, na_action="ignore")
     times = times.rename(columns=lambda name: f"{name.removeprefix('time/')} (s)")
     summary = pd.read_csv(folder / "summary.csv").join(times, on="run").fillna("-")
-    memory = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "memory").glob("*/*.json"))]
+    memory, made = [*map(read, sorted((folder / "memory").glob("*/*.json")))], read(folder / "provenance.json")
     taken, summed = (max(entry[key] for entry in memory) for key in ("taken_gib", "summed_gib"))
     profile = read_yaml(folder / "profile.yaml")
     train, evaluated = profile["train"], profile["evaluate"]
     batch = train["per_device_train_batch_size"] * train.get("gradient_accumulation_steps", 1)
-    threads = f", {memory[0]['threads']} thread(s) per run" if train.get("use_cpu") else ""
+    threads = f", {memory[0]['threads']} thread(s) per run" if made["device"] == made["processor"] else ""
+    form = "nats per token" if profile["budget"]["budget_form"] == "per_token" else "nats"
     return (
         f"{measures_table(summary, columns, tuple(times))}\n\n{train['max_steps']} steps of {batch} completions of at "
-        f"most {train['max_completion_length']} tokens, timed per step; a budget of {profile['budget']['budget']} nats "
-        f"per token; {evaluated['prompts']} held-out prompts, {evaluated['samples']} completions each; "
-        f"seed {', '.join(map(str, profile['seeds']))}. On {memory[0]['device']}{threads}; "
-        f"memory {taken:.1f} GiB, {summed:.1f} by the sum."
+        f"most {train['max_completion_length']} tokens, timed per step; a budget of {profile['budget']['budget']} "
+        f"{form}; {evaluated['prompts']} held-out prompts, {evaluated['samples']} completions each; seeds: "
+        f"{summary['seeds'].max()}; in brackets 95 % bootstrap intervals. On {memory[0]['device']}{threads}; memory "
+        f"{taken:.1f} GiB, {summed:.1f} by the sum."
     )
+
+
+def laptop_ceiling_table(results: Path) -> str:
+    """What each budget buys on the prompts of profiles/laptop.yaml: a row per budget."""
+    table = pd.read_csv(results / "smollm2" / "ceiling.csv")
+    teacher = 100 * pd.read_csv(results / "smollm2" / "chains.csv").prod(axis=1).mean()
+    titles = {"budget": "budget (nats)", "ceiling": "ceiling (%)", "budgeted": "budgeted optimum (%)"}
+    titles |= {"soft": "best soft Lagrangian at CSR 95 % (%)"}
+    shown = markdown(table.assign(budget=table["budget"].map("{:g}".format)), titles)
+    return f"{shown}\n\nThe teacher's own accuracy, sampled, is {teacher:.1f} %."
+
+
+def laptop_tasks_table(results: Path) -> str:
+    """What SmolLM2-135M-Instruct knows before any training: a row per task."""
+    titles = {"task": "task", "greedy": "greedy (%)", "sampled": "sampled (%)"}
+    return markdown(pd.read_csv(results / "smollm2" / "tasks.csv"), titles)
+
+
+def laptop_examples_table(results: Path, count: int = 4, seed: int = 0) -> str:
+    """Completions before and after training, of prompts drawn by `seed`: a row per prompt."""
+    runs = {"before": "sft", "gkd": "gkd", "grpo": "grpo", "cmdp-chance": "cmdp-chance"}
+    texts = {name: pd.read_csv(results / "laptop" / "texts" / run / "0.csv") for name, run in runs.items()}
+    firsts = pd.DataFrame({name: table.groupby("prompt")["completion"].first() for name, table in texts.items()})
+    drawn = firsts.sample(count, random_state=seed).map(lambda text: f"`{text.strip()}`".replace("\n", "; "))
+    asked = drawn.index.str.partition("user\n").get_level_values(2).str.partition("<|im_end|>").get_level_values(0)
+    return markdown(drawn.assign(problem=asked), {"problem": "problem"} | {name: name for name in runs})
 
 
 FILES: dict[str, dict[str, Callable[[Path], str]]] = {
     "README.md": {"gain": gain_table, "results": default_table, "verdicts": partial(claims_table, columns=())},
     "docs/study.md": dict(contest=contest_table, study=study_table, equal=equal_table, claims=claims_table),
     "docs/theory.md": {"theory": theory_table},
-    "docs/models.md": {"laptop": laptop_table},
+    "docs/models.md": {
+        "tasks": laptop_tasks_table,
+        "ceiling": laptop_ceiling_table,
+        "laptop": laptop_table,
+        "examples": laptop_examples_table,
+    },
 }

@@ -155,3 +155,17 @@ def test_the_log_probability_of_each_token_is_the_students(student, teacher, tok
         logits = student(input_ids=ids, attention_mask=attention).logits[:, -mask.shape[1] - 1 : -1]
     expected = logits.log_softmax(-1).gather(-1, completion_ids[..., None])[..., 0] * mask
     torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_token_of_a_row_beyond_the_ids_is_scored(student, teacher, tokenizer):
+    """Heads are padded past the ids, and what samples from them can meet such a row. On a GPU an index out of bounds
+    ends the process."""
+    for model in (student, teacher):
+        model.resize_token_embeddings(len(tokenizer) + 7)
+    ids = torch.tensor([[3, 4, 5, len(tokenizer) + 3]])
+    attention, mask = torch.ones_like(ids), torch.tensor([[1, 1]])
+    with torch.no_grad():
+        _, entropy, log_probs = score(student, teacher, len(tokenizer), ids, attention, mask)
+        expected = student(input_ids=ids).logits[:, 1:-1].log_softmax(-1)
+    torch.testing.assert_close(log_probs, expected.gather(-1, ids[:, 2:, None])[..., 0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(entropy, -(expected.exp() * expected).sum(-1), atol=1e-5, rtol=1e-4)

