@@ -135,8 +135,8 @@ def ceiling(table: pd.DataFrame, prices: pd.DataFrame, style: Style, budget: flo
         elif look.method != SOFT:
             axes.plot(own["nats"], own["accuracy"], "o", color="0.55", markersize=3, label="other methods")
     axes.axvline(budget, **DASHED, zorder=1)
-    place = {"transform": axes.get_xaxis_transform(), "rotation": 90, "va": "bottom", "fontsize": "small"}
-    axes.text(1.02 * budget, 0.02, "the default budget", **place)
+    place = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom", "fontsize": "small"}
+    axes.text(budget, 1.01, "the default budget", **place)
     axes.set(xscale="log", xlim=(0.045, max(3, 1.15 * table["nats"].max())))
     _logarithmic(axes.xaxis)
     return _legend(figure, style)

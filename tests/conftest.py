@@ -35,7 +35,7 @@ def make_tokenizer():
     return build_tokenizer(WORDS)
 
 
-def make_model(tokenizer, seed: int, hidden: int = 16, spread: float = 10.0, layers: int = 2):
+def make_model(tokenizer, seed: int, hidden: int = 16, spread: float = 4.0, layers: int = 2):
     """A Llama. `spread` scales its initial weights: the distributions are then far from uniform."""
     from cmdp.models import build_model
 
