@@ -35,7 +35,7 @@ def make_tokenizer():
     return build_tokenizer(WORDS)
 
 
-def make_model(tokenizer, seed: int, hidden: int = 16, spread: float = 4.0, layers: int = 2):
+def make_model(tokenizer, seed: int, hidden: int = 16, spread: float = 10.0, layers: int = 2):
     """A Llama. `spread` scales its initial weights: the distributions are then far from uniform."""
     from cmdp.models import build_model
 
@@ -43,7 +43,8 @@ def make_model(tokenizer, seed: int, hidden: int = 16, spread: float = 4.0, laye
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
-                parameter *= spread
+                parameter *= 0.2 * spread  # of 0.02, not of build_model's 0.1
+        model.lm_head.weight.copy_(model.get_input_embeddings().weight)
     return model
 
 
