@@ -74,8 +74,9 @@ def default_table(results: Path) -> str:
     """The default experiment's summary: a row per run, mean with its 95 % interval, and the sizes of its models."""
     summary = pd.read_csv(results / "summary.csv")
     sizes = gather("times", rows(), results / "runs").drop_duplicates("run").set_index("run")["parameters"]
+    columns = {name: title for name, title in COLUMNS.items() if name != "accuracy_within"}
     return (
-        f"{measures_table(summary, COLUMNS)}\n\nHeld-out prompts, sampled at temperature 1 unless greedy; "
+        f"{measures_table(summary, columns)}\n\nHeld-out prompts, sampled at temperature 1 unless greedy; "
         f"{summary['seeds'].max()} seeds; in brackets 95 % bootstrap intervals. "
         f"The student has {sizes['sft']:,} parameters, the teacher {sizes['teacher']:,}."
     )

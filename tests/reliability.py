@@ -70,19 +70,20 @@ def project(folder: Path) -> Path:
         model = make_model(tokenizer, seed, spread=8.0, layers=1)
         model.save_pretrained(folder / "results/start" / role)
         tokenizer.save_pretrained(folder / "results/start" / role)
-    task = {"name": "arithmetic", "seed": 0, "steps": [2, 3], "sizes": {"test": 4, "validation": 4, "train": 8}}
+    task = {"name": "arithmetic", "seed": 0, "steps": [2, 3], "slips": {"Dan": 0.5}}
+    task |= {"sizes": {"test": 4, "validation": 4, "train": 8}}
     trained = {"max_steps": 3, "per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 6}
     trained |= {"save_steps": 1, "save_total_limit": 1, "logging_steps": 1, "use_cpu": True}
     evaluate = {"split": "test", "prompts": 2, "samples": 1, "batch_size": 8}
     shared = {"task": task, "budget": {"budget": 1.5}, "train": trained}
-    longer = {"prompts": 2, "steps": [4, 5], "samples": 1, "max_completion_length": 8}
     roles = {role: {"model": f"results/start/{role}"} for role in ("student", "teacher")}
-    trials = {"cmdp": {"method": "cmdp", "grid": [{"lam": 1.0}, {"lam": 0.1}]}}
+    tuning = {"seeds": [7], "samples": 1, "trials": 2, "further": 0, "ladder": 2.0, "csr": 0.95, "start": {"lam": 1.0}}
+    tuning |= {"entries": {"cmdp": {"method": "cmdp", "by": "constrained", "fixed": {}}}}
     runs = {"dual": {"part": "default", "method": "dual", "seeds": [0]}}
     profile = {"runs": {"cmdp-adaptive": {"method": "cmdp-adaptive", "lam": 1.0}}, "seeds": [0], "evaluate": evaluate}
     files = {
-        "params.yaml": shared | {"evaluate": evaluate | {"longer": longer}},
-        "experiments.yaml": {"runs": runs, "tuning": {"seeds": [7], "samples": 1, "trials": trials}},
+        "params.yaml": shared | {"evaluate": evaluate},
+        "experiments.yaml": {"runs": runs, "tuning": tuning},
         "results/chosen.yaml": {"runs": {"dual": {"dual_rate": 0.1}}},
         "small.yaml": shared | roles | profile | {"task": task | {"prompt_length": 40}},
     }

@@ -359,7 +359,7 @@ def test_a_study_of_a_few_runs_is_drawn(made):
 
 def test_a_ledger_spends_the_budget(tokenizer):
     models = make_model(tokenizer, seed=0, spread=2.0), make_model(tokenizer, seed=1, hidden=24, spread=2.0)
-    table = plots.ledger(*models, tokenizer, {"prompt": "a b c"}, 0.5, 12, seed=3)
-    assert table["remaining"].to_list() == pytest.approx((0.5 - table["cost"].cumsum()).to_list(), abs=1e-5)
+    table = plots.ledger(*models, tokenizer, {"prompt": "a b c"}, 0.1, 12, seed=3)
+    assert table["remaining"].to_list() == pytest.approx((0.1 - table["cost"].cumsum()).to_list(), abs=1e-5)
     assert (table["remaining"] < 0).any(), "this budget is exceeded"
-    assert plots.token_ledger(table, 0.5).axes
+    assert plots.token_ledger(table, 0.1).axes
