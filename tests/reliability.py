@@ -480,7 +480,7 @@ def strings(base: Path, every: int, kind: str, count: int = 200) -> Found:
                 competition_math.is_correct(form, gold)
                 gsm.steps_are_valid(form, "2 and 3?")
                 arithmetic.is_correct(form, "18")
-                arithmetic.steps_are_valid(form, "Ana has 7 then gets 5 . how many ?")
+                arithmetic.steps_are_valid(form, "Ana 7 + 5 * 2 =")
         except Exception as error:
             fault = f"{type(error).__name__}: {error}"
         if (took := time.monotonic() - begun) > LIMIT:
