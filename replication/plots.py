@@ -126,6 +126,7 @@ def ceiling(table: pd.DataFrame, prices: pd.DataFrame, style: Style, budget: flo
     for (name, text), dash in zip(texts["lines"].items(), ("-", "--", "--"), strict=True):
         colour = STYLES[SOFT][0][0] if name == "soft" else "black"
         axes.plot(prices["budget"], prices[name], dash, color=colour, linewidth=1.3, label=text.format(share=share))
+    table = table[table["nats"] < 4]  # beyond: a method that collapsed
     _soft(axes, table.set_index("method"), "nats", "accuracy", style)
     for run, look, own in _by_run(table, style, "method"):
         own = own.sort_values("nats")
@@ -135,9 +136,9 @@ def ceiling(table: pd.DataFrame, prices: pd.DataFrame, style: Style, budget: flo
         elif look.method != SOFT:
             axes.plot(own["nats"], own["accuracy"], "o", color="0.55", markersize=3, label="other methods")
     axes.axvline(budget, **DASHED, zorder=1)
-    place = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom", "fontsize": "small"}
-    axes.text(budget, 1.01, "the default budget", **place)
-    axes.set(xscale="log", xlim=(0.045, max(3, 1.15 * table["nats"].max())))
+    place = {"transform": axes.get_xaxis_transform(), "rotation": 90, "va": "top", "fontsize": "small"}
+    axes.text(1.02 * budget, 0.98, "budget", **place)
+    axes.set(xscale="log", xlim=(0.045, 4))
     _logarithmic(axes.xaxis)
     return _legend(figure, style)
 
