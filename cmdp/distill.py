@@ -30,9 +30,7 @@ class Distill:
 
     student: str = option(MISSING, "Hub id, local folder or GGUF file.")
     teacher: str = option(MISSING, "The same; it has the student's tokenizer.")
-    dataset: str = option(
-        MISSING, "JSONL, JSON, parquet, CSV; a folder with train.* and test.*; Hub id[:configuration]."
-    )
+    dataset: str = option(MISSING, "JSONL, JSON, parquet, CSV; folder with train.* and test.*; Hub id[:configuration].")
     reward: str = option(MISSING, "gsm8k, math, exact (all of the completion), PATH.py:function (TRL's, in [0, 1]).")
     method: str = option("cmdp-chance", "A method of cmdp.methods.")
     output: str | None = option(None, "Name in models/ and results/: STUDENT-DATASET unless given.")

@@ -8,6 +8,7 @@ What the Hub is asked for follows HF_HUB_OFFLINE.
 import copy
 import inspect
 import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from cmdp.storage import named, one_line, whole
 
+_LEARNED = weakref.WeakKeyDictionary()  # whether a model learned absolute positions
 LORA = {"r": 16, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear"}
 
 
@@ -259,9 +261,10 @@ def without_peft(model: torch.nn.Module) -> PreTrainedModel:
 def positions(model: PreTrainedModel, attention: torch.Tensor) -> dict[str, torch.Tensor]:
     """`position_ids` of rows padded on the left, (B, T), where the model learned absolute positions (GPT-2): without
     them it would count the padding. Empty for rotary positions, to which only differences matter."""
-    rotary = any("rotary" in name for name, _ in model.base_model.named_modules())
-    taken = not rotary and "position_ids" in inspect.signature(model.base_model.forward).parameters
-    return {"position_ids": (attention.cumsum(dim=1) - 1).clamp(min=0)} if taken else {}
+    if model not in _LEARNED:  # looked for once: a model has a thousand modules
+        rotary = any("rotary" in name for name, _ in model.base_model.named_modules())
+        _LEARNED[model] = not rotary and "position_ids" in inspect.signature(model.base_model.forward).parameters
+    return {"position_ids": (attention.cumsum(dim=1) - 1).clamp(min=0)} if _LEARNED[model] else {}
 
 
 def check_heads(student, teacher, ids: int, compared: bool, sampled: bool) -> None:

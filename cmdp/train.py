@@ -257,7 +257,6 @@ def run_trainer(trainer, resume: bool) -> list[dict]:
 
     class Keeper(TrainerCallback):
         signals = stopped = due = False
-        last = 0.0
 
         def stop(self, *_):
             if self.signals:
@@ -266,7 +265,7 @@ def run_trainer(trainer, resume: bool) -> list[dict]:
 
         def on_train_begin(self, args, state, control, **_):
             self.start = time.monotonic() - max((entry["seconds"] for entry in state.log_history), default=0.0)
-            self.timed = state.global_step + 2
+            self.timed, self.last = state.global_step + 2, 0.0
 
         def on_log(self, args, state, control, logs, **_):
             state.log_history[-1]["seconds"] = time.monotonic() - self.start
@@ -276,10 +275,11 @@ def run_trainer(trainer, resume: bool) -> list[dict]:
                 nothing_to_learn(args, state)
 
         def on_step_end(self, args, state, control, **_):
-            signals = torch.tensor(int(self.signals), device=args.device)
+            self.stopped = self.signals
             if args.world_size > 1:  # the processes stop at the same step
+                signals = torch.tensor(int(self.signals), device=args.device)
                 torch.distributed.all_reduce(signals, torch.distributed.ReduceOp.MAX)
-            self.stopped = bool(signals)
+                self.stopped = bool(signals)
             rollout = getattr(args, "steps_per_generation", 1) * getattr(args, "num_iterations", 1)
             between = state.global_step * args.gradient_accumulation_steps % rollout == 0
             self.due |= control.should_save or self.stopped

@@ -18,6 +18,7 @@ import pandas as pd
 
 from cmdp import storage
 from cmdp.models import ModelSpec, lora_config, pick_device, pick_dtype
+from cmdp.tasks.arithmetic import apply
 from replication.ceiling import prices
 
 PROFILE, PROBLEMS, START = Path("profiles/laptop.yaml"), Path("problems/laptop"), Path("results/smollm2")
@@ -45,14 +46,9 @@ def draw(rng: random.Random, steps: int) -> list[tuple[int, str, int]]:
         for _ in range(steps):
             op = rng.choice("+-*")
             found.append((value, op, rng.randint(2, 3) if op == "*" else rng.randint(2, 9)))
-            value = after(*found[-1])
-        if all(1 <= after(*step) <= LARGEST for step in found):
+            value = apply(*found[-1])
+        if all(1 <= apply(*step) <= LARGEST for step in found):
             return found
-
-
-def after(value: int, op: str, operand: int) -> int:
-    """The value after a step."""
-    return value + operand if op == "+" else value - operand if op == "-" else value * operand
 
 
 def question(rng: random.Random, steps: list[tuple[int, str, int]]) -> str:
@@ -67,7 +63,7 @@ def solution(steps: list[tuple[int, str, int]], slip) -> str:
     """Its equations and answer; `slip` gives what a step of an operation is off by."""
     value, lines = steps[0][0], []
     for _, op, operand in steps:
-        reached = after(value, op, operand) + slip(op)
+        reached = apply(value, op, operand) + slip(op)
         lines.append(f"{value}{op}{operand}={reached}")
         value = reached
     return "\n".join([*lines, f"#### {value}"])
@@ -90,6 +86,11 @@ def problems(seed: int = 0) -> dict[str, list[dict]]:
             worked = solution(steps, slip if split == "supervised" else lambda op: 0)
             splits[split].append({"question": asked, "answer": worked})
     return splits
+
+
+def chats(tokenizer, asked: list[list[dict]]) -> list[str]:
+    """The messages of each prompt as the chat template writes them, for the model to go on."""
+    return tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
 
 
 def write_problems() -> None:
@@ -118,12 +119,12 @@ def unpack() -> None:
 def start(role: str) -> None:
     """Train a start adapter on solutions: results/smollm2/ROLE."""
     import torch
-    from datasets import Dataset
     from peft import get_peft_model
     from transformers import set_seed
     from trl import SFTConfig, SFTTrainer
 
     from cmdp.models import load_base, load_tokenizer
+    from replication.run import solutions
 
     if role not in ROLES:
         raise ValueError(f"There is no start adapter {role!r}. There are: {', '.join(ROLES)}.")
@@ -132,12 +133,8 @@ def start(role: str) -> None:
     tokenizer, device = load_tokenizer(spec), pick_device()
     dtype = pick_dtype(device)
     own = problems()["supervised"][:rows]
-    prompts = [
-        tokenizer.apply_chat_template(row["question"], tokenize=False, add_generation_prompt=True) for row in own
-    ]
-    texts = ([*prompts], [row["answer"] + tokenizer.eos_token for row in own])
-    ids = zip(*(tokenizer(column, add_special_tokens=False).input_ids for column in texts), strict=True)
-    encoded = [{"input_ids": p + s, "completion_mask": [0] * len(p) + [1] * len(s)} for p, s in ids]
+    prompts = chats(tokenizer, [row["question"] for row in own])
+    data = solutions(tokenizer, prompts, [row["answer"] for row in own])
     set_seed(seed)
     model = get_peft_model(load_base(spec, dtype, device), lora_config(spec))
     fixed = {"packing": False, "gradient_checkpointing": False, "report_to": [], "disable_tqdm": True}
@@ -145,7 +142,7 @@ def start(role: str) -> None:
     args = SFTConfig(
         output_dir="checkpoints/laptop", num_train_epochs=epochs, seed=seed, **fixed, **precision, **SUPERVISED
     )
-    trainer = SFTTrainer(model, args, train_dataset=Dataset.from_list(encoded), processing_class=tokenizer)
+    trainer = SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer)
     trainer.train()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)  # half the size, in git
@@ -162,23 +159,14 @@ def start(role: str) -> None:
 def write_ceiling() -> None:
     """What each budget buys on the prompts that the profile evaluates, exactly: results/smollm2/ceiling.csv, and the
     chains that it follows from, results/smollm2/chains.csv: the teacher's probability of each step's right line."""
+    from cmdp.models import load_pair
     from cmdp.train import read
 
     experiment = read(PROFILE)
-    p = pd.DataFrame(chances(experiment, *model_of(experiment.teacher)))
+    _, teacher, tokenizer = load_pair(experiment.student, experiment.teacher)
+    p = pd.DataFrame(chances(experiment, teacher, tokenizer))
     storage.write_table(p, START / "chains.csv")
     storage.write_table(prices(p.to_numpy()), START / "ceiling.csv")
-
-
-def model_of(spec: ModelSpec) -> tuple:
-    """A spec's model, with its adapter, and its tokenizer, to compute with."""
-    from peft import PeftModel
-
-    from cmdp.models import load_base, load_tokenizer
-
-    device = pick_device()
-    model = load_base(spec, pick_dtype(device), device)
-    return PeftModel.from_pretrained(model, spec.adapter).eval(), load_tokenizer(spec)
 
 
 def chances(experiment, model, tokenizer) -> list[list[float]]:
@@ -228,7 +216,7 @@ def write_tasks(count: int = 100) -> None:
     rng = random.Random(1)
     for steps in STEPS:
         drawn = [draw(rng, steps) for _ in range(count)]
-        tasks[f"word problems, {steps} steps"] = [[question(rng, each), str(after(*each[-1]))] for each in drawn]
+        tasks[f"word problems, {steps} steps"] = [[question(rng, each), str(apply(*each[-1]))] for each in drawn]
     storage.write_json(tasks, PROBLEMS / "tasks.json")
 
 
@@ -247,7 +235,7 @@ def measure_tasks(samples: int = 4) -> None:
     torch.manual_seed(0)
     for name, tasks in storage.read(PROBLEMS / "tasks.json").items():
         asked = [[{"role": "user", "content": f"{text}\n{ASKED}"}] for text, _ in tasks]
-        prompts = [tokenizer.apply_chat_template(each, tokenize=False, add_generation_prompt=True) for each in asked]
+        prompts = chats(tokenizer, asked)
         found = {}
         for decoding, repeats in (("sampled", samples), ("greedy", 1)):
             with torch.no_grad():

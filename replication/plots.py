@@ -126,7 +126,8 @@ def ceiling(table: pd.DataFrame, prices: pd.DataFrame, style: Style, budget: flo
     for (name, text), dash in zip(texts["lines"].items(), ("-", "--", "--"), strict=True):
         colour = STYLES[SOFT][0][0] if name == "soft" else "black"
         axes.plot(prices["budget"], prices[name], dash, color=colour, linewidth=1.3, label=text.format(share=share))
-    table = table[table["nats"] < 4]  # beyond: a method that collapsed
+    limits = 0.045, 4  # nats; beyond: a method that collapsed
+    table = table[table["nats"] < limits[1]]
     _soft(axes, table.set_index("method"), "nats", "accuracy", style)
     for run, look, own in _by_run(table, style, "method"):
         own = own.sort_values("nats")
@@ -138,7 +139,7 @@ def ceiling(table: pd.DataFrame, prices: pd.DataFrame, style: Style, budget: flo
     axes.axvline(budget, **DASHED, zorder=1)
     place = {"transform": axes.get_xaxis_transform(), "rotation": 90, "va": "top", "fontsize": "small"}
     axes.text(1.02 * budget, 0.98, "budget", **place)
-    axes.set(xscale="log", xlim=(0.045, 4))
+    axes.set(xscale="log", xlim=limits)
     _logarithmic(axes.xaxis)
     return _legend(figure, style)
 

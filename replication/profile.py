@@ -9,10 +9,10 @@ from pathlib import Path
 import pandas as pd
 
 from cmdp import train
-from cmdp.statistics import interval, with_budget
+from cmdp.statistics import cells, interval, with_budget
 from cmdp.storage import write_table
 from replication.claims import CLAIMS, NO, OPEN, UNTESTED, YES, gain, points, share
-from replication.tables import cells, difference
+from replication.tables import difference
 
 SHARE, KL = 0.962, 0.15  # C4: the published CSR, and the budget in nats per token at which it is
 ALIKE = 0.05  # C5: the largest difference of CSR that is similar
@@ -32,10 +32,8 @@ def run(name: str) -> None:
 def judged(experiment, completions: pd.DataFrame) -> pd.DataFrame:
     """`id`, `claim`, `published`, `verdict` and `evidence` of the claim that the experiment tests, on its runs of the
     paper's method, `cmdp`, and of `minillm`; not tested where it has not those, or another budget."""
-    budget, found = (
-        experiment.budget,
-        with_budget(completions.query("decoding == 'sampled'"), **vars(experiment.budget)),
-    )
+    budget = experiment.budget
+    found = with_budget(completions.query("decoding == 'sampled'"), **vars(budget))
     runs = {row["method"]: found[found["run"] == run] for run, row in experiment.runs.items()}
     identity = JUDGED.get(experiment.task["name"])
     claim = next((claim for claim in CLAIMS if claim["id"] == identity), None)

@@ -28,7 +28,6 @@ MEASURES = {"accuracy": "correct", "csr": "satisfied", "cost": "cost"}  # of a t
 
 def pretrain(role: str) -> None:
     """Train the teacher, or a student before distillation, on solutions: results/start/ROLE."""
-    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     storage.check_names(role)
@@ -42,16 +41,11 @@ def pretrain(role: str) -> None:
     problems = load_problems(task)["supervised"]
     made_by = storage.fingerprint({"shape": shape, "settings": settings, "problems": problems}, [])
     checkpoints, resume = storage.checkpoint_folder(f"start/{role}", made_by)
-    texts = ([problem[key] for problem in problems] for key in ("prompt", "solution"))
-    ids = zip(*(tokenizer(column, add_special_tokens=False).input_ids for column in texts), strict=True)
-    encoded = [  # the prompt carries no loss
-        {"input_ids": [*p, *s, tokenizer.eos_token_id], "completion_mask": [0] * len(p) + [1] * (len(s) + 1)}
-        for p, s in ids
-    ]
+    data = solutions(tokenizer, *([problem[key] for problem in problems] for key in ("prompt", "solution")))
     fixed = {"packing": False, "shuffle_dataset": False, "gradient_checkpointing": False, "bf16": False}
     quiet = {"report_to": [], "disable_tqdm": True, "save_only_model": False}
     args = SFTConfig(output_dir=str(checkpoints), **fixed, **quiet, **settings)
-    trainer = SFTTrainer(model, args, train_dataset=Dataset.from_list(encoded), processing_class=tokenizer)
+    trainer = SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer)
     with steps_to(checkpoints / "steps.txt"):
         log = run_trainer(trainer, resume)
     with storage.whole(START / role) as folder, storage.named(folder):
@@ -62,9 +56,21 @@ def pretrain(role: str) -> None:
     print(f"{START / role}: {model.num_parameters():,} parameters, losses in nats per token {losses[-3:]}")
 
 
+def solutions(tokenizer, prompts: list[str], answers: list[str]):
+    """The dataset from which TRL's SFTTrainer learns to complete `prompts` by `answers`; a prompt carries no loss."""
+    from datasets import Dataset
+
+    ids = zip(*(tokenizer(texts, add_special_tokens=False).input_ids for texts in (prompts, answers)), strict=True)
+    end = [tokenizer.eos_token_id]
+    rows = ({"input_ids": p + s + end, "completion_mask": [0] * len(p) + [1] * (len(s) + 1)} for p, s in ids)
+    return Dataset.from_list([*rows])
+
+
 def experiment(name: str, start: str, runs: dict[str, dict]) -> Experiment:
-    """The experiment of params.yaml, with `runs`, from the student `start`."""
+    """The experiment of params.yaml, with `runs`, from the student `start`. Its task is without the split from which
+    start models learn, which takes longest to draw, after all others."""
     task, budget, trained, measured = sections(PARAMS, "task", "budget", "train", "evaluate")
+    task["sizes"].pop("supervised", None)
     evaluate = Evaluation(**measured)
     models = {"student": ModelSpec(str(START / start)), "teacher": ModelSpec(str(START / "teacher"))}
     shared = {"task": task, "budget": Budget(**budget), "train": trained, "seeds": []}
@@ -89,9 +95,9 @@ def _measured(planned: Experiment, key: str, seed: int, compact: bool) -> dict[s
     """The tables of one run and seed. `compact` leaves out what only the default experiment shows: the training curve
     and the cost by position."""
     folder = train(planned, key, seed, check_fit=False)
-    pair, (task,) = load_trained(planned, key, seed), sections(PARAMS, "task")
-    completions, positions = measure(planned, pair, seed)
-    problems = load_problems(task)[planned.evaluate.split]
+    pair, evaluated = load_trained(planned, key, seed), planned.evaluate
+    problems = planned.problems(evaluated.split, pair[-1])
+    completions, positions = measure(planned, pair, seed, problems[: evaluated.prompts])
     log = storage.read(folder / TRAINING)
     steps = log[log["csr"].notna()] if "csr" in log else log.iloc[:0]
     times = {"steps": planned.train["max_steps"], "seconds": log.get("seconds", pd.Series([0.0])).max()}

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from cmdp.storage import read_yaml
-from cmdp.tasks import gsm
+from cmdp.tasks import arithmetic, gsm
 from replication import laptop
 from replication.ceiling import prices
 
@@ -30,7 +30,7 @@ def test_solutions_are_right_where_they_are_not_to_teach(splits):
         for row in splits[split]:
             parsed, steps = gsm.parse(row), equations(row)
             assert gsm.steps_are_valid(parsed["solution"], "")
-            assert gsm.is_correct(row["answer"], str(laptop.after(*steps[-1][:3])))
+            assert gsm.is_correct(row["answer"], str(arithmetic.apply(*steps[-1][:3])))
             assert all(1 <= step[3] <= laptop.LARGEST for step in steps)
             assert [int(number) for number in re.findall(r"\d+", row["question"][1]["content"])] == [
                 steps[0][0],
@@ -42,7 +42,7 @@ def test_solutions_that_teach_slip_as_often_as_their_operation_says(splits):
     steps, slipped = Counter(), Counter()
     for row in splits["supervised"]:
         for *step, reached in equations(row):
-            off = reached - laptop.after(*step)
+            off = reached - arithmetic.apply(*step)
             assert off in (-1, 0, 1)
             steps[step[1]] += 1
             slipped[step[1]] += off != 0
