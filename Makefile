@@ -58,6 +58,7 @@ laptop: setup
 	python -m replication laptop-unpack
 	python -m replication laptop-problems
 	OMP_NUM_THREADS=$(JOBS) cmdp train --config profiles/laptop.yaml
+	python -m replication laptop-account
 	dvc commit --force profile@laptop
 	python -m replication readme
 

@@ -60,7 +60,7 @@ def ceiling(folder: Path | None, prompts: int, samples: int, split: str | None, 
     else:
         experiment = distill.experiment(*distill.parse(["--budget", "1", *words]))  # which nothing reads
         experiment.evaluate = train.Evaluation(prompts, samples, experiment.evaluate.batch_size, split or "train")
-        pair = models.load_pair(experiment.student, experiment.teacher, experiment.train.get("use_cpu", False))
+        pair = models.load_pair(experiment.student, experiment.teacher, **train.device_settings(experiment.train))
         name = "ceiling"
     prices, found = ceiling.measured(experiment, pair)
     path = train.RESULTS / experiment.name / f"{name}.csv"

@@ -103,10 +103,11 @@ def pick_device(use_cpu: bool = False) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
 
 
-def pick_dtype(device: torch.device) -> torch.dtype:
-    """The dtype that `device` computes in: bfloat16 where its hardware has it, else float16 (a T4); on CPU float32."""
+def pick_dtype(device: torch.device, bf16: bool = False) -> torch.dtype:
+    """The dtype that `device` computes in: bfloat16 where its hardware has it, else float16 (a T4); on a CPU float32,
+    or bfloat16 if `bf16` asks for it."""
     if device.type != "cuda":
-        return torch.float32
+        return torch.bfloat16 if bf16 else torch.float32
     # `is_bf16_supported` says yes for a T4, which emulates it, slowly
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
@@ -224,8 +225,11 @@ def load_teacher(teacher: PreTrainedModel | str, student, config) -> tuple[PreTr
     return model, compared
 
 
-def load_pair(student: str | Path | ModelSpec, teacher: str | Path | ModelSpec, use_cpu: bool = False) -> tuple:
-    """(student, teacher, tokenizer), ready to train; a path stands for the spec of a whole model.
+def load_pair(
+    student: str | Path | ModelSpec, teacher: str | Path | ModelSpec, use_cpu: bool = False, bf16: bool = False
+) -> tuple:
+    """(student, teacher, tokenizer), ready to train; a path stands for the spec of a whole model, and `use_cpu` and
+    `bf16` are as in training (`pick_device`, `pick_dtype`).
 
     A student that trains an adapter is a `PeftModel`; one that does not is loaded in float32, as its optimiser needs.
     A teacher of the same base as an adapter's, with an adapter of its own or without (an anchor: the student before
@@ -234,7 +238,7 @@ def load_pair(student: str | Path | ModelSpec, teacher: str | Path | ModelSpec, 
     """
     student, teacher = _spec(student), _spec(teacher)
     tokenizer, device = shared_tokenizer(student, teacher), pick_device(use_cpu)
-    dtype = pick_dtype(device)
+    dtype = pick_dtype(device, bf16)
     model = load_base(student, dtype if student.trains_adapter else torch.float32, device)
     if student.four_bit:  # freezes the base and holds norms and head in float32
         from peft import prepare_model_for_kbit_training

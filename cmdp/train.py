@@ -162,6 +162,11 @@ def check_machine(settings: dict[str, Any], *folders: Path) -> None:
             raise ValueError(f"{folder} cannot be written ({parent}: {error.strerror}): choose another.") from error
 
 
+def device_settings(settings: dict[str, Any]) -> dict[str, bool]:
+    """What of a trainer's settings says where models are held, and in which dtype: the arguments of `load_pair`."""
+    return {name: bool(settings.get(name)) for name in ("use_cpu", "bf16")}
+
+
 def arguments(*kinds: type):
     """A parser of command lines for the fields of dataclasses, which raises `ValueError`."""
     from trl import TrlParser
@@ -345,7 +350,7 @@ def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -
 
     storage.check_names(str(seed))
     method, settings = experiment.runs[run]["method"], experiment.settings(run, seed)
-    folder, use_cpu = experiment.folder(run, seed), settings.get("use_cpu", False)
+    folder, where = experiment.folder(run, seed), device_settings(settings)
     specs, name = (experiment.student, experiment.teacher), f"{experiment.name}/{run}/{seed}"
     check_machine(settings, folder, storage.CHECKPOINTS)
     problems, task = experiment.problems("train", shared_tokenizer(*specs)), load_task(experiment.task["name"])
@@ -362,12 +367,12 @@ def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -
         print(f"{folder} was trained with {changed(experiment, run, seed) or 'other inputs or code'}: it is replaced.")
     main, together = int(os.environ.get("RANK", "0")) == 0, int(os.environ.get("WORLD_SIZE", "1")) > 1
     with storage.locked(name) if main else contextlib.nullcontext():
-        with PartialState(cpu=use_cpu).main_process_first() if together else contextlib.nullcontext():
+        with PartialState(cpu=where["use_cpu"]).main_process_first() if together else contextlib.nullcontext():
             checkpoints, resume = storage.checkpoint_folder(name, made_by)
         memory = fit(experiment, run) if check_fit else {}
         set_seed(seed)  # a new adapter's weights are drawn
-        student, teacher, tokenizer = load_pair(*specs, use_cpu)
-        device, dtype, log = student.device, pick_dtype(student.device), []
+        student, teacher, tokenizer = load_pair(*specs, **where)
+        device, dtype, log = student.device, pick_dtype(student.device, where["bf16"]), []
         if method != START:
             settings = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16, **settings}
             with steps_to(checkpoints / "steps.txt"):
@@ -412,13 +417,14 @@ def fit(experiment: Experiment, run: str) -> dict[str, Any]:
 
     settings, specs = experiment.settings(run, 0), (experiment.student, experiment.teacher)
     shared_tokenizer(*specs)  # raises if no divergence is defined
-    device = pick_device(settings.get("use_cpu", False))
+    where = device_settings(settings)
+    device = pick_device(where["use_cpu"])
     if not (longest := experiment.task.get("prompt_length")):
         raise ValueError("task.prompt_length is missing: memory is summed for prompts of so many tokens.")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     available = device_memory(device)
-    items = memory_sum(*specs, settings, longest, device.type, pick_dtype(device), available)
+    items = memory_sum(*specs, settings, longest, device.type, pick_dtype(device, where["bf16"]), available)
     check_memory(items, available)
     return {"device": device_name(device), "threads": torch.get_num_threads(), "summed_gib": peak(items) / GIB}
 
@@ -430,7 +436,7 @@ def load_trained(experiment: Experiment, run: str, seed: int, folder: Path | Non
     storage.read_record(folder)
     adapted = dataclasses.replace(student, adapter=str(folder), lora=None)
     student = adapted if student.trains_adapter else ModelSpec(str(folder))
-    return load_pair(student, experiment.teacher, experiment.train.get("use_cpu", False))
+    return load_pair(student, experiment.teacher, **device_settings(experiment.train))
 
 
 def measure(experiment: Experiment, pair: tuple, seed: int, problems: list[dict] | None = None, **changes) -> tuple:
@@ -450,8 +456,9 @@ def measure(experiment: Experiment, pair: tuple, seed: int, problems: list[dict]
     arguments = {"samples": settings.samples, "greedy": settings.greedy, "batch_size": settings.batch_size}
     arguments["max_completion_length"] = experiment.train.get("max_completion_length", 256)
     device, task = student.device, load_task(experiment.task["name"])
+    dtype = pick_dtype(device, device_settings(experiment.train)["bf16"])
     # as in training: float32 weights compute in the device's dtype
-    with torch.autocast(device.type, pick_dtype(device), enabled=device.type == "cuda"):
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         return evaluate(*pair, task, problems, seed=seed, **arguments | changes)
 
 

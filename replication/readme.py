@@ -183,6 +183,14 @@ def laptop_tasks_table(results: Path) -> str:
     return markdown(pd.read_csv(results / "smollm2" / "tasks.csv"), titles)
 
 
+def laptop_nats_table(results: Path) -> str:
+    """What the students of profiles/laptop.yaml made of their nats: a row per run."""
+    nats = {"cost": "mean cost (nats)", "useful_at_least": "useful, at least (nats)"}
+    titles = {"run": "run"} | nats | {"ceiling": "ceiling at that cost (%)", "share": "accuracy, share of it (%)"}
+    table = pd.read_csv(results / "laptop" / "ceiling.csv")
+    return markdown(table.assign(**{name: table[name].map("{:.2f}".format) for name in nats}), titles)
+
+
 def laptop_examples_table(results: Path, count: int = 4, seed: int = 0) -> str:
     """Completions before and after training, of prompts drawn by `seed`: a row per prompt."""
     runs = {"before": "sft", "gkd": "gkd", "grpo": "grpo", "cmdp-chance": "cmdp-chance"}
@@ -201,6 +209,7 @@ FILES: dict[str, dict[str, Callable[[Path], str]]] = {
         "tasks": laptop_tasks_table,
         "ceiling": laptop_ceiling_table,
         "laptop": laptop_table,
+        "nats": laptop_nats_table,
         "examples": laptop_examples_table,
     },
 }

@@ -4,8 +4,7 @@ import json
 import os
 
 import pytest
-
-from replication.gsm8k import check_gsm8k
+from gsm8k import check_gsm8k
 
 
 def write(path, answers: list[str]) -> None:

@@ -1,14 +1,18 @@
-"""Hold the answer verifier and the step checker against GSM8K's own solutions."""
+"""Hold the answer verifier and the step checker against GSM8K's own solutions: makes results/gsm8k/check.json.
+
+python tests/gsm8k.py FOLDER      # of train.jsonl and test.jsonl, or openai/gsm8k
+"""
 
 import random
 import re
+import sys
 from pathlib import Path
 
 from cmdp import tasks
 from cmdp.storage import write_json
 from cmdp.tasks import answers, gsm, steps
-from replication.experiments import RESULTS
 
+TABLE = Path(__file__).parents[1] / "results/gsm8k/check.json"
 _NUMBER = re.compile(r"[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+")
 
 
@@ -60,6 +64,6 @@ def _is_caught(equation: str, rng: random.Random) -> bool:
     return bool(found) and not all(equation.holds for equation in found)
 
 
-def write(folder: str) -> None:
-    """Check the solutions in a folder of GSM8K's train.jsonl and test.jsonl: results/gsm8k/check.json."""
-    write_json(check_gsm8k(folder), RESULTS / "gsm8k" / "check.json")
+if __name__ == "__main__":
+    write_json(check_gsm8k(sys.argv[1]), TABLE)
+    print(TABLE)
