@@ -491,7 +491,8 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
             table = table.assign(run=run, seed=seed)
             storage.write_table(table[["run", "seed", *table.columns[:-2]]], results / name / run / f"{seed}.csv")
         summary = summarise(tables["completions"].assign(run=run, seed=seed), **vars(experiment.budget))
-        record["measured"] = summary.set_index("measure")[["mean", "low", "high"]].to_dict("index")
+        called = summary.set_index("measure")[["mean", "low", "high"]].rename(named_by(completions))
+        record["measured"] = called.to_dict("index")
         record["measured"] |= {"prompts": completions["prompt"].nunique(), "seeds": 1}
         record |= {"measured_by": measured_by, "experiment": dataclasses.asdict(experiment)}
         record["settings"] |= experiment.settings(run, seed)  # of a student before training: the budget, say
@@ -529,11 +530,16 @@ def evaluate(folder: Path, **changes) -> pd.DataFrame:
     return summary
 
 
-def shown(table: pd.DataFrame, completions: pd.DataFrame) -> str:
-    """A table as it is printed: accuracy is called mean_reward, unless every reward is 0 or 1."""
+def named_by(completions: pd.DataFrame):
+    """What a measure is called: accuracy is mean_reward, unless every reward is 0 or 1."""
     word = "accuracy" if completions["correct"].isin([0, 1]).all() else "mean_reward"
-    names = dict.fromkeys(("index", "columns"), lambda name: name.replace("accuracy", word))
-    return table.rename(**names).to_string(float_format="{:.3f}".format)
+    return lambda measure: measure.replace("accuracy", word)
+
+
+def shown(table: pd.DataFrame, completions: pd.DataFrame) -> str:
+    """A table as it is printed."""
+    name = named_by(completions)
+    return table.rename(index=name, columns=name).to_string(float_format="{:.3f}".format)
 
 
 def gather(results: Path, table: str) -> pd.DataFrame:

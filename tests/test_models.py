@@ -263,8 +263,9 @@ def test_an_adapter_without_safetensors_is_refused(tmp_path):
         load_pair(ModelSpec(base, lora=LORA), ModelSpec(base, adapter=str(adapter)), True)
 
 
-def test_the_computing_dtype_of_a_cpu_is_float32():
+def test_a_cpu_computes_in_float32_unless_asked():
     assert pick_dtype(CPU) == torch.float32
+    assert pick_dtype(CPU, bf16=True) == torch.bfloat16
 
 
 # ---- vocabulary ----

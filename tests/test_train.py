@@ -104,6 +104,23 @@ def test_a_whole_experiment_runs_from_the_command_line(small, monkeypatch, capsy
     assert (record["settings"]["learning_rate"], record["settings"]["max_steps"]) == (0.5, 2)
 
 
+def test_a_cpu_trains_and_measures_in_bfloat16_where_settings_ask_for_it(small, monkeypatch):
+    for name in ("float32", "bfloat16"):
+        found, bf16 = train.read(small, f"train.bf16={name == 'bfloat16'}"), name == "bfloat16"
+        train.train(found, "cmdp", 0)
+        pair = train.load_trained(found, "cmdp", 0)
+        held = {
+            key: {str(x.dtype) for n, x in pair[0].named_parameters() if ("lora" in n) == key} for key in (True, False)
+        }
+        assert held == {True: {"torch.float32"}, False: {f"torch.{name}"}}
+        assert {str(x.dtype) for x in pair[1].parameters()} == {f"torch.{name}"}
+        completions, _ = train.measure(found, pair, 0)
+        assert completions["cost"].between(0, 100).all()
+        log = pd.read_csv(found.folder("cmdp", 0) / train.TRAINING)
+        assert log["grad_norm"].dropna().gt(0).all()
+        assert train.storage.read_record(found.folder("cmdp", 0))["settings"]["bf16"] == bf16
+
+
 def test_an_interrupted_run_resumes_from_its_checkpoint(small, monkeypatch):
     from cmdp.trainer import CMDPTrainer
 
