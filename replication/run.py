@@ -36,6 +36,7 @@ def pretrain(role: str) -> None:
         raise ValueError(f"{PARAMS} has no start model {role!r}. It has: {', '.join(roles)}.")
     shape = dict(roles[role])
     settings = supervised | {key: shape.pop(key) for key in ("max_steps", "learning_rate")}
+    task["sizes"] = settings.pop("sizes")
     tokenizer = build_tokenizer(load_task(task["name"]).vocabulary())
     model = build_model(tokenizer, **shape, seed=settings["seed"])
     problems = load_problems(task)["supervised"]
@@ -67,10 +68,8 @@ def solutions(tokenizer, prompts: list[str], answers: list[str]):
 
 
 def experiment(name: str, start: str, runs: dict[str, dict]) -> Experiment:
-    """The experiment of params.yaml, with `runs`, from the student `start`. Its task is without the split from which
-    start models learn, which takes longest to draw, after all others."""
+    """The experiment of params.yaml, with `runs`, from the student `start`."""
     task, budget, trained, measured = sections(PARAMS, "task", "budget", "train", "evaluate")
-    task["sizes"].pop("supervised", None)
     evaluate = Evaluation(**measured)
     models = {"student": ModelSpec(str(START / start)), "teacher": ModelSpec(str(START / "teacher"))}
     shared = {"task": task, "budget": Budget(**budget), "train": trained, "seeds": []}
