@@ -149,10 +149,13 @@ def trial(name: str) -> None:
     start = tuning["start"] | entry.get("start", {})
     names, tried = list(start), {}
     while len(tried) < tuning["trials"] + tuning["further"]:
-        places = sorted(tried, key=lambda place: -tried[place][0]["score"]) or [None]
-        steps = (step for best in places for step in _neighbours(best, len(names)))
-        if len(tried) >= tuning["trials"]:
-            steps = _beyond(places[0], list(tried))
+        places = sorted(tried, key=lambda place: -tried[place][0]["score"])
+        steps = [step for best in places for step in neighbours(best)] or [(0,) * len(names)]
+        if len(tried) >= tuning["trials"]:  # to a value of a parameter that no trial has had
+            had = [*zip(*tried, strict=True)]
+            steps = [
+                step for step in neighbours(places[0]) if any(k not in own for k, own in zip(step, had, strict=True))
+            ]
         place = next((step for step in steps if step not in tried), None)
         if place is None:
             break
@@ -175,23 +178,9 @@ def trial(name: str) -> None:
     print(f"{path}: {len(tried)} trials")
 
 
-def _neighbours(place: tuple[int, ...] | None, parameters: int):
-    """The places one step from `place` on the ladders: all parameters down, one after the other, and then up. Without a
-    place the start."""
-    if place is None:
-        yield (0,) * parameters
-    else:
-        for step in (-1, 1):
-            for index in range(parameters):
-                yield (*place[:index], place[index] + step, *place[index + 1 :])
-
-
-def _beyond(best: tuple[int, ...], tried: list[tuple[int, ...]]):
-    """The places one step from `best` past the edges of what was `tried`."""
-    for index, values in enumerate(zip(*tried, strict=True)):
-        for edge, step in ((min(values), -1), (max(values), 1)):
-            if best[index] == edge:
-                yield (*best[:index], edge + step, *best[index + 1 :])
+def neighbours(place: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The places one step from `place` on the ladders: all parameters down, one after the other, and then up."""
+    return [(*place[:i], place[i] + step, *place[i + 1 :]) for step in (-1, 1) for i in range(len(place))]
 
 
 def score_of(entry: dict, means: pd.Series, csr: float) -> float:
