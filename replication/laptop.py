@@ -93,17 +93,11 @@ def problems(seed: int = 0) -> dict[str, list[dict]]:
     return splits
 
 
-def chats(tokenizer, asked: list[list[dict]]) -> list[str]:
-    """The messages of each prompt as the chat template writes them, for the model to go on."""
-    return tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-
-
 def write_problems() -> None:
     """Write the problems that profiles/laptop.yaml reads: problems/laptop."""
     splits = problems()
     for split in ("train", "test"):
-        rows = splits[split]
-        storage.write_text("".join(json.dumps(row) + "\n" for row in rows), PROBLEMS / f"{split}.jsonl")
+        storage.write_text("".join(json.dumps(row) + "\n" for row in splits[split]), PROBLEMS / f"{split}.jsonl")
 
 
 def unpack() -> None:
@@ -136,8 +130,8 @@ def start(role: str) -> None:
     spec = ModelSpec(storage.read_yaml(PROFILE)["student"]["model"], lora=LORA)
     tokenizer, device = load_tokenizer(spec), pick_device()
     dtype, own = pick_dtype(device), problems()["supervised"][:rows]
-    prompts = chats(tokenizer, [row["question"] for row in own])
-    texts = [*zip(prompts, (row["answer"] for row in own), strict=True)]
+    template = {"tokenize": False, "add_generation_prompt": True}
+    texts = [(tokenizer.apply_chat_template(row["question"], **template), row["answer"]) for row in own]
     set_seed(seed)
     model = get_peft_model(load_base(spec, dtype, device), lora_config(spec))
     settings = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16, "use_cpu": device.type == "cpu"}
@@ -246,8 +240,9 @@ def measure_tasks(count: int = 100, samples: int = 4) -> None:
 
     spec, device = ModelSpec(storage.read_yaml(PROFILE)["student"]["model"]), pick_device()
     model, tokenizer, rows = load_base(spec, pick_dtype(device), device), load_tokenizer(spec), tasks(count)
-    prompts = chats(tokenizer, [[{"role": "user", "content": f"{row['question']}\n{ASKED}"}] for row in rows])
-    problems = [row | {"prompt": prompt} for row, prompt in zip(rows, prompts, strict=True)]
+    asked = [[{"role": "user", "content": f"{row['question']}\n{ASKED}"}] for row in rows]
+    prompts = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    problems = [{"prompt": prompt, "answer": row["answer"]} for prompt, row in zip(prompts, rows, strict=True)]
     task = SimpleNamespace(is_correct=is_correct, steps_are_valid=lambda *_: math.nan)
     given = model, model, tokenizer, task, problems
     # a batch per task
