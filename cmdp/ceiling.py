@@ -109,6 +109,5 @@ def draw(prices: pd.DataFrame, found: dict[str, float], path: Path) -> None:
     axes.plot(found["cost"], 100 * found["accuracy"], "ko", label="student")
     axes.set(xlabel="nats per completion", ylabel="accuracy, sampled (%)", ylim=(0, 101))
     axes.legend(loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160)
     plt.close(figure)

@@ -84,7 +84,7 @@ def divergence_from_hidden(
     if own_tiles(student_hidden):
         tokens = torch.zeros_like(mask, dtype=torch.long)  # of which no log-probability is asked for
         inputs = student_hidden, student_head, tokens, mask, teacher_hidden, teacher_head, mask
-        return score_on_cpu(*inputs, kind, jsd_beta, temperature)[0]
+        return score_in_tiles(*inputs, kind, jsd_beta, temperature)[0]
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     on, heads = mask != 0, (student_head, teacher_head)
@@ -98,11 +98,11 @@ def divergence_from_hidden(
 
 
 def own_tiles(hidden: Tensor) -> bool:
-    """Whether the tiles are ours, and `score_on_cpu` serves: on a CPU."""
+    """Whether the tiles are ours, and `score_in_tiles` serves: on a CPU."""
     return hidden.device.type == "cpu"
 
 
-def score_on_cpu(
+def score_in_tiles(
     student_hidden, student_head, tokens, mask, teacher_hidden, teacher_head, where, kind, jsd_beta, temperature
 ) -> list[Tensor]:
     """The divergence at each token where `where` is 1, and the student's log-probability of the token and its entropy

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from cmdp.divergence import TILE, divergence_from_hidden, lm_head
+from cmdp.divergence import divergence_from_hidden, lm_head, score_in_tiles
 from cmdp.models import positions, tokenise, without_peft
 from cmdp.reward import cumulative_cost
 from cmdp.tasks import reward
@@ -114,11 +114,7 @@ def score(student, teacher, vocab_size: int, ids: Tensor, attention: Tensor, mas
         hidden.append(states[:, -keep - 1 : -1])
     heads = [lm_head(model, vocab_size) for model in (student, teacher)]
     cost = divergence_from_hidden(hidden[0], heads[0], hidden[1], heads[1], mask).clamp(min=0.0)
-    head = lm_head(student)
-    on, rows = mask != 0, max(1, TILE // vocab_size)  # a tile of tokens at a time: (rows, V) logits of one model
-    entropies, log_probs = [], []
-    for states, tokens in zip(hidden[0][on].split(rows), ids[:, -keep:][on].split(rows), strict=True):
-        logps = head.logits(states).log_softmax(-1)
-        entropies.append(-(logps.exp() * logps).sum(-1))
-        log_probs.append(logps.gather(-1, tokens[:, None])[:, 0])
-    return cost, *(torch.zeros_like(cost).masked_scatter(on, torch.cat(x)) for x in (entropies, log_probs))
+    nowhere = torch.zeros_like(mask)  # the divergence is not computed again
+    rest = ids[:, -keep:], mask, hidden[1], heads[1], nowhere, "reverse_kl", 0.5, 1.0
+    _, log_probs, entropy = score_in_tiles(hidden[0], lm_head(student), *rest)
+    return cost, entropy, log_probs

@@ -10,9 +10,9 @@ import sys
 import psutil
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from cmdp.models import ModelSpec, load_config, lora_config
+from cmdp.models import ModelSpec, load, lora_config
 from cmdp.storage import processor
 
 GIB = 2**30
@@ -38,7 +38,7 @@ def memory_sum(
     length, batch = get("max_completion_length", 256), get("per_device_train_batch_size", 8)
     tokens = prompt_length + length
     rollouts = batch * get("steps_per_generation", get("gradient_accumulation_steps", 1))
-    config, teacher_config = load_config(student), load_config(teacher)
+    config, teacher_config = (load(spec, AutoConfig) for spec in (student, teacher))
     text, model, teacher_model = config.get_text_config(), _skeleton(config), _skeleton(teacher_config)
     lora, vocabulary, layers = student.trains_adapter, text.vocab_size, text.num_hidden_layers
     trained = _skeleton(config, student).get_nb_trainable_parameters()[0] if lora else model.num_parameters()

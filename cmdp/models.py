@@ -112,6 +112,18 @@ def pick_dtype(device: torch.device, bf16: bool = False) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
+def load(spec: ModelSpec, kind, **options):
+    """What `kind.from_pretrained` loads of a spec's model. Raises `FileNotFoundError` if there is no such model and
+    `ValueError` if it cannot be read, in one line."""
+    try:
+        return kind.from_pretrained(**spec.where(), trust_remote_code=False, **options)
+    except Exception as error:
+        if Path(spec.model).exists() or not isinstance(error, OSError):
+            raise ValueError(f"{spec.model} cannot be read: {one_line(error)}") from error
+        hint = "HF_HUB_OFFLINE is set: unset it to download it" if offline() else str(error).partition("\n")[0]
+        raise FileNotFoundError(f"There is no local folder {spec.model}, nor a model of this name: {hint}.") from error
+
+
 def load_base(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The weights that `spec` names, in `dtype` or 4 bits, without its adapter. Raises `FileNotFoundError` if there is
     no such model, `ValueError` if its weight files are damaged or lack tensors."""
@@ -124,7 +136,7 @@ def load_base(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> PreT
     # several processes without 4 bits may be FSDP's or DeepSpeed's, which place the weights themselves
     if spec.four_bit or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         options["device_map"] = {"": device}
-    model, info = _found(spec, AutoModelForCausalLM, output_loading_info=True, **options)
+    model, info = load(spec, AutoModelForCausalLM, output_loading_info=True, **options)
     if unpacked and hasattr(model, "hf_quantizer"):  # as if it had never been packed
         model.hf_quantizer.remove_quantization_config(model)
     for module in model.modules():  # no repacking in place of weights that two models may share, on such CPUs
@@ -135,14 +147,9 @@ def load_base(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> PreT
     return model
 
 
-def load_config(spec: ModelSpec):
-    """The configuration of the model that `spec` names; no weights are read."""
-    return _found(spec, transformers.AutoConfig)
-
-
 def load_tokenizer(source: str | Path | ModelSpec) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, padding on the left as generation needs."""
-    tokenizer = _found(_spec(source), transformers.AutoTokenizer, padding_side="left")
+    tokenizer = load(_spec(source), transformers.AutoTokenizer, padding_side="left")
     if tokenizer.pad_token is None:  # Llama's
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.eos_token is None:
@@ -324,17 +331,6 @@ def prune(source: str, without: list[int], target: Path) -> tuple[int, int]:
         model.save_pretrained(folder)
         load_tokenizer(spec).save_pretrained(folder)
     return before, model.num_parameters()
-
-
-def _found(spec: ModelSpec, kind, **options):
-    """What `kind.from_pretrained` loads of a spec's model, with one line for a model that is not there."""
-    try:
-        return kind.from_pretrained(**spec.where(), trust_remote_code=False, **options)
-    except Exception as error:
-        if Path(spec.model).exists() or not isinstance(error, OSError):
-            raise ValueError(f"{spec.model} cannot be read: {one_line(error)}") from error
-        hint = "HF_HUB_OFFLINE is set: unset it to download it" if offline() else str(error).partition("\n")[0]
-        raise FileNotFoundError(f"There is no local folder {spec.model}, nor a model of this name: {hint}.") from error
 
 
 def _with_adapter(model: PreTrainedModel, source: str, **options):

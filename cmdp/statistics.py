@@ -59,17 +59,18 @@ def interval(
     return float(values.mean()), *bounds(bootstrap(values, seed, resamples), level)
 
 
-def summarise(completions: pd.DataFrame, budget: float, budget_form: str = "total") -> pd.DataFrame:
+def summarise(completions: pd.DataFrame, budget: float, budget_form: str = "total", measures=MEASURES) -> pd.DataFrame:
     """One row per run and measure: `run`, `measure`, `mean`, `low`, `high`, `seeds`. Without greedy rows there is
     no greedy accuracy, and without valid steps no validity.
 
     Args:
         completions: the tables of all runs, with columns `run` and `seed`.
+        measures: the column of `with_budget` that each measure is the mean of.
     """
     completions = with_budget(completions, budget, budget_form)
     rows = []
     for run, group in completions.groupby("run", sort=False):
-        for measure, column in MEASURES.items():
+        for measure, column in measures.items():
             table = group[group["decoding"] == ("greedy" if measure == "greedy_accuracy" else "sampled")]
             if not table[column].isna().all():  # no such completions, or not defined for the task
                 rows.append((run, measure, *interval(cells(table, column)), group["seed"].nunique()))

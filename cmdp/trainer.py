@@ -219,7 +219,7 @@ class CMDPTrainer(GRPOTrainer):
             if not together:
                 return output, divergences.divergence_from_hidden(hidden, lm_head(model, self._vocab_size), *other)
             tokens, mask = labels[:, -keep:].clamp(min=0), labels[:, -keep:] != -100
-            scores = divergences.score_on_cpu(hidden, lm_head(model), tokens, mask, *other)
+            scores = divergences.score_in_tiles(hidden, lm_head(model), tokens, mask, *other)
         return FusedCausalLMOutput(log_probs=scores[1], entropy=scores[2]), scores[0]
 
     @torch.no_grad()

@@ -11,8 +11,11 @@ is asked for is the true one. So the teacher knows the sums and samples slips, m
 """
 
 import json
+import math
 import random
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 
@@ -90,17 +93,11 @@ def problems(seed: int = 0) -> dict[str, list[dict]]:
     return splits
 
 
-def chats(tokenizer, asked: list[list[dict]]) -> list[str]:
-    """The messages of each prompt as the chat template writes them, for the model to go on."""
-    return tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-
-
 def write_problems() -> None:
     """Write the problems that profiles/laptop.yaml reads: problems/laptop."""
     splits = problems()
     for split in ("train", "test"):
-        rows = splits[split]
-        storage.write_text("".join(json.dumps(row) + "\n" for row in rows), PROBLEMS / f"{split}.jsonl")
+        storage.write_text("".join(json.dumps(row) + "\n" for row in splits[split]), PROBLEMS / f"{split}.jsonl")
 
 
 def unpack() -> None:
@@ -123,37 +120,29 @@ def start(role: str) -> None:
     import torch
     from peft import get_peft_model
     from transformers import set_seed
-    from trl import SFTConfig, SFTTrainer
 
     from cmdp.models import load_base, load_tokenizer
-    from cmdp.train import run_trainer
-    from replication.run import solutions
+    from replication.run import learn
 
     if role not in ROLES:
         raise ValueError(f"There is no start adapter {role!r}. There are: {', '.join(ROLES)}.")
     rows, epochs, seed = ROLES[role]
     spec = ModelSpec(storage.read_yaml(PROFILE)["student"]["model"], lora=LORA)
     tokenizer, device = load_tokenizer(spec), pick_device()
-    dtype = pick_dtype(device)
-    own = problems()["supervised"][:rows]
-    prompts = chats(tokenizer, [row["question"] for row in own])
-    data = solutions(tokenizer, prompts, [row["answer"] for row in own])
-    made_by = storage.fingerprint({"lora": LORA, "settings": SUPERVISED, "rows": own}, spec.files())
-    checkpoints, resume = storage.checkpoint_folder(f"laptop-start/{role}", made_by)
+    dtype, own = pick_dtype(device), problems()["supervised"][:rows]
+    template = {"tokenize": False, "add_generation_prompt": True}
+    texts = [(tokenizer.apply_chat_template(row["question"], **template), row["answer"]) for row in own]
     set_seed(seed)
     model = get_peft_model(load_base(spec, dtype, device), lora_config(spec))
-    fixed = {"packing": False, "gradient_checkpointing": False, "report_to": [], "disable_tqdm": True}
-    precision = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16, "use_cpu": device.type == "cpu"}
-    args = SFTConfig(str(checkpoints), num_train_epochs=epochs, seed=seed, **fixed, **precision, **SUPERVISED)
-    log = run_trainer(SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer), resume)
+    settings = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16, "use_cpu": device.type == "cpu"}
+    settings |= {"num_train_epochs": epochs, "seed": seed, **SUPERVISED}
+    checkpoints = learn(model, tokenizer, texts, f"laptop-start/{role}", {"lora": LORA, **vars(spec)}, **settings)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)  # half the size, in git
     with storage.whole(START / role) as folder, storage.named(folder):
         model.save_pretrained(folder)
         (folder / "README.md").unlink()  # an empty form
     storage.drop(checkpoints)
-    losses = [round(entry["loss"], 3) for entry in log if "loss" in entry]
-    print(f"{START / role}: losses in nats per token {losses[-3:]}")
 
 
 # ---- what a budget can buy ----
@@ -224,48 +213,43 @@ GENERATED = {  # of reasoning-gym, each with its settings
 ASKED = "Write the answer, a number, at the end."  # of every problem of the table
 
 
-def write_tasks(count: int = 100) -> None:
-    """Write the problems of the table of tasks, `count` of each: problems/laptop/tasks.json."""
+def tasks(count: int) -> list[dict]:
+    """`count` problems of each task of the table, with `task`, its name."""
     from reasoning_gym import create_dataset
 
-    tasks = {}
+    rows = []
     for name, settings in GENERATED.items():
         data = create_dataset(name.partition(":")[0], size=count, seed=0, **settings)
-        tasks[name] = [[row["question"], str(row["answer"])] for row in data]
+        rows += [{"task": name, "question": row["question"], "answer": str(row["answer"])} for row in data]
     rng = random.Random(1)
     for steps in STEPS:
-        drawn = [draw(rng, steps) for _ in range(count)]
-        tasks[f"word problems, {steps} steps"] = [[question(rng, each), str(apply(*each[-1]))] for each in drawn]
-    storage.write_json(tasks, PROBLEMS / "tasks.json")
+        for own in [draw(rng, steps) for _ in range(count)]:
+            row = {"task": f"word problems, {steps} steps", "question": question(rng, own)}
+            rows.append(row | {"answer": str(apply(*own[-1]))})
+    return rows
 
 
-def measure_tasks(samples: int = 4) -> None:
+def measure_tasks(count: int = 100, samples: int = 4) -> None:
     """Measure what the base model knows: results/smollm2/tasks.csv, a row per task, greedy accuracy and that of
     `samples` completions per problem at temperature 1. Right is a completion whose last number is the answer."""
-    import re
-
-    import torch
-
-    from cmdp.evaluation import generate
+    from cmdp.evaluation import evaluate
     from cmdp.models import load_base, load_tokenizer
 
+    def is_correct(completion: str, answer: str) -> bool:
+        return re.findall(r"-?\d+", completion)[-1:] == [answer]
+
     spec, device = ModelSpec(storage.read_yaml(PROFILE)["student"]["model"]), pick_device()
-    model, tokenizer, rows = load_base(spec, pick_dtype(device), device).eval(), load_tokenizer(spec), []
-    torch.manual_seed(0)
-    for name, tasks in storage.read(PROBLEMS / "tasks.json").items():
-        asked = [[{"role": "user", "content": f"{text}\n{ASKED}"}] for text, _ in tasks]
-        prompts = chats(tokenizer, asked)
-        found = {}
-        for decoding, repeats in (("sampled", samples), ("greedy", 1)):
-            with torch.no_grad():
-                _, _, ids, mask = generate(
-                    model, tokenizer, [p for p in prompts for _ in range(repeats)], repeats > 1, 64
-                )
-            texts = tokenizer.batch_decode(ids.masked_fill(mask == 0, tokenizer.pad_token_id), skip_special_tokens=True)
-            last = [(re.findall(r"-?\d+", text) or [""])[-1] for text in texts]
-            answers = [answer for _, answer in tasks for _ in range(repeats)]
-            found[decoding] = sum(map(str.__eq__, last, answers)) / len(answers)
-            found[f"{decoding}_tokens"] = mask.sum(1).float().mean().item()
-        rows.append({"task": name, "problems": len(tasks), **found})
-        print(rows[-1], flush=True)
-    storage.write_table(pd.DataFrame(rows), START / "tasks.csv")
+    model, tokenizer, rows = load_base(spec, pick_dtype(device), device), load_tokenizer(spec), tasks(count)
+    asked = [[{"role": "user", "content": f"{row['question']}\n{ASKED}"}] for row in rows]
+    prompts = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    problems = [{"prompt": prompt, "answer": row["answer"]} for prompt, row in zip(prompts, rows, strict=True)]
+    task = SimpleNamespace(is_correct=is_correct, steps_are_valid=lambda *_: math.nan)
+    given = model, model, tokenizer, task, problems
+    # a batch per task
+    sampled, _ = evaluate(*given, samples, 64, batch_size=count * samples, seed=0, greedy=False)
+    greedy, _ = evaluate(*given, 1, 64, batch_size=count, seed=0)
+    table = pd.DataFrame({"task": [row["task"] for row in rows], "problems": count}).groupby("task", sort=False).first()
+    for decoding, found in (("sampled", sampled), ("greedy", greedy[greedy["decoding"] == "greedy"])):
+        means = found.groupby(found["prompt"] // count)[["correct", "tokens"]].mean()
+        table[[decoding, f"{decoding}_tokens"]] = means.to_numpy()
+    storage.write_table(table.reset_index(), START / "tasks.csv")

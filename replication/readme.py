@@ -8,7 +8,7 @@ import pandas as pd
 
 from cmdp.storage import read, read_yaml, write_text
 from replication.experiments import RESULTS, gather, rows
-from replication.tables import spelled
+from replication.tables import percent, spelled
 from replication.theory import OURS
 from replication.theory import tables as theory
 
@@ -47,16 +47,9 @@ def markdown(table: pd.DataFrame, titles: dict[str, str]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def gains(table: pd.DataFrame, before: str = "") -> pd.Series:
-    """Differences of shares in points with their intervals: `+4.5 [+2.9, +6.1]`; the columns begin with `before`."""
-    values = table[[f"{before}{end}" for end in ("difference", "low", "high")]].to_numpy()
-    return pd.Series([spelled(value, spec="+.1f") for value in values], table.index)
-
-
 def wide(table: pd.DataFrame, index: str, columns: str, value: str = "mean") -> pd.DataFrame:
     """A long table of shares laid out for reading, in its own order: per cent, with intervals in brackets."""
-    shown = table.assign(shown=[spelled(row) for row in table[[value, "low", "high"]].to_numpy()])
-    laid_out = shown.pivot(index=index, columns=columns, values="shown")
+    laid_out = table.assign(shown=percent(table, value)).pivot(index=index, columns=columns, values="shown")
     return laid_out.loc[table[index].unique(), table[columns].unique()].fillna("")
 
 
@@ -90,7 +83,7 @@ def gain_table(results: Path) -> str:
     within, exact = table["budget"].map("{:g} nats".format), table["budget"].map(exact)
     titles = {"within": f"`{ours}` within", "csr": "CSR (%)", "accuracy": "accuracy (%)"}
     titles |= {"gain": "points more than the soft Lagrangian at that CSR", "exact": "points to be won, exact"}
-    return markdown(table.assign(within=within, gain=gains(table), exact=exact), titles)
+    return markdown(table.assign(within=within, gain=percent(table, "difference", spec="+.1f"), exact=exact), titles)
 
 
 def claims_table(results: Path, columns: tuple[str, ...] = ("evidence", "conditions")) -> str:
@@ -117,8 +110,10 @@ def contest_table(results: Path) -> str:
 def equal_table(results: Path) -> str:
     """Each constrained method at each budget against the soft Lagrangian's curve, and against its best lambda."""
     table = pd.read_csv(results / "study" / "equal_csr.csv").sort_values("budget", kind="stable")
-    curve = gains(table) + table["place"].map({"stricter": ", stricter than every λ"}).fillna("")
-    best = gains(table, "target_") + table["soft_lambda"].map(" (λ = {:g})".format)
+    curve = percent(table, "difference", spec="+.1f") + table["place"].map(
+        {"stricter": ", stricter than every λ"}
+    ).fillna("")
+    best = percent(table, "target_difference", "target_", "+.1f") + table["soft_lambda"].map(" (λ = {:g})".format)
     curve = curve.mask(table["place"] == "looser", "looser than every λ")
     best = best.mask(table["soft_lambda"].isna(), "-")
     titles = {"method": "method", "budget": "budget (nats)", "accuracy": "accuracy (%)", "csr": "CSR (%)"}
@@ -144,7 +139,7 @@ def theory_table(results: Path) -> str:
     }
     table = theory.sampled_learners(results / "theory").rename(index=names).rename_axis("learner").reset_index()
     table = table[~table["learner"].str.startswith("soft optimum")]
-    shown = table.assign(**{measure: theory.percent(table, measure) for measure in ("of_optimum", "csr")})
+    shown = table.assign(**{name: percent(table, name, f"{name}_") for name in ("of_optimum", "csr")})
     found = theory.summary(results / "theory", "mean_is_not_enough")
     least, median, most = (f"{100 * found[name]:.0f}" for name in ("min", "median", "max"))
     return (

@@ -1,5 +1,7 @@
 """The pipeline's training stages: start models, runs, and trials of tuning."""
 
+from pathlib import Path
+
 import pandas as pd
 import torch
 
@@ -28,8 +30,6 @@ MEASURES = {"accuracy": "correct", "csr": "satisfied", "cost": "cost"}  # of a t
 
 def pretrain(role: str) -> None:
     """Train the teacher, or a student before distillation, on solutions: results/start/ROLE."""
-    from trl import SFTConfig, SFTTrainer
-
     storage.check_names(role)
     roles, supervised, task = sections(PARAMS, "start", "supervised", "task")
     if role not in roles:
@@ -39,32 +39,37 @@ def pretrain(role: str) -> None:
     task["sizes"] = settings.pop("sizes")
     tokenizer = build_tokenizer(load_task(task["name"]).vocabulary())
     model = build_model(tokenizer, **shape, seed=settings["seed"])
-    problems = load_problems(task)["supervised"]
-    made_by = storage.fingerprint({"shape": shape, "settings": settings, "problems": problems}, [])
-    checkpoints, resume = storage.checkpoint_folder(f"start/{role}", made_by)
-    data = solutions(tokenizer, *([problem[key] for problem in problems] for key in ("prompt", "solution")))
-    fixed = {"packing": False, "shuffle_dataset": False, "gradient_checkpointing": False, "bf16": False}
-    quiet = {"report_to": [], "disable_tqdm": True, "save_only_model": False}
-    args = SFTConfig(output_dir=str(checkpoints), **fixed, **quiet, **settings)
-    trainer = SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer)
-    with steps_to(checkpoints / "steps.txt"):
-        log = run_trainer(trainer, resume)
+    texts = [(problem["prompt"], problem["solution"]) for problem in load_problems(task)["supervised"]]
+    checkpoints = learn(model, tokenizer, texts, f"start/{role}", {"shape": shape}, bf16=False, **settings)
     with storage.whole(START / role) as folder, storage.named(folder):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     storage.drop(checkpoints)
-    losses = [round(entry["loss"], 4) for entry in log if "loss" in entry]
-    print(f"{START / role}: {model.num_parameters():,} parameters, losses in nats per token {losses[-3:]}")
+    print(f"{START / role}: {model.num_parameters():,} parameters")
 
 
-def solutions(tokenizer, prompts: list[str], answers: list[str]):
-    """The dataset from which TRL's SFTTrainer learns to complete `prompts` by `answers`; a prompt carries no loss."""
+def learn(model, tokenizer, texts: list[tuple[str, str]], name: str, made_from: dict, **settings) -> Path:
+    """Train `model`, in place, to complete the prompts of `texts` by their solutions; a prompt carries no loss.
+    `settings` are fields of `SFTConfig`. Returns the folder of its checkpoints, from which the same run resumes until
+    the caller drops it."""
     from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
 
-    ids = zip(*(tokenizer(texts, add_special_tokens=False).input_ids for texts in (prompts, answers)), strict=True)
+    made_by = storage.fingerprint(made_from | {"settings": settings, "texts": texts}, [])
+    checkpoints, resume = storage.checkpoint_folder(name, made_by)
+    ids = zip(
+        *(tokenizer(list(column), add_special_tokens=False).input_ids for column in zip(*texts, strict=True)),
+        strict=True,
+    )
     end = [tokenizer.eos_token_id]
     rows = ({"input_ids": p + s + end, "completion_mask": [0] * len(p) + [1] * (len(s) + 1)} for p, s in ids)
-    return Dataset.from_list([*rows])
+    fixed = {"packing": False, "gradient_checkpointing": False, "report_to": [], "disable_tqdm": True}
+    args = SFTConfig(output_dir=str(checkpoints), **fixed, **settings)
+    trainer = SFTTrainer(model, args, train_dataset=Dataset.from_list([*rows]), processing_class=tokenizer)
+    with steps_to(checkpoints / "steps.txt"):
+        log = run_trainer(trainer, resume)
+    print(f"{name}: losses in nats per token {[round(entry['loss'], 4) for entry in log if 'loss' in entry][-3:]}")
+    return checkpoints
 
 
 def experiment(name: str, start: str, runs: dict[str, dict]) -> Experiment:
@@ -143,10 +148,13 @@ def trial(name: str) -> None:
     start = tuning["start"] | entry.get("start", {})
     names, tried = list(start), {}
     while len(tried) < tuning["trials"] + tuning["further"]:
-        places = sorted(tried, key=lambda place: -tried[place][0]["score"]) or [None]
-        steps = (step for best in places for step in _neighbours(best, len(names)))
-        if len(tried) >= tuning["trials"]:
-            steps = _beyond(places[0], list(tried))
+        places = sorted(tried, key=lambda place: -tried[place][0]["score"])
+        steps = [step for best in places for step in neighbours(best)] or [(0,) * len(names)]
+        if len(tried) >= tuning["trials"]:  # to a value of a parameter that no trial has had
+            had = [*zip(*tried, strict=True)]
+            steps = [
+                step for step in neighbours(places[0]) if any(k not in own for k, own in zip(step, had, strict=True))
+            ]
         place = next((step for step in steps if step not in tried), None)
         if place is None:
             break
@@ -169,23 +177,9 @@ def trial(name: str) -> None:
     print(f"{path}: {len(tried)} trials")
 
 
-def _neighbours(place: tuple[int, ...] | None, parameters: int):
-    """The places one step from `place` on the ladders: all parameters down, one after the other, and then up. Without a
-    place the start."""
-    if place is None:
-        yield (0,) * parameters
-    else:
-        for step in (-1, 1):
-            for index in range(parameters):
-                yield (*place[:index], place[index] + step, *place[index + 1 :])
-
-
-def _beyond(best: tuple[int, ...], tried: list[tuple[int, ...]]):
-    """The places one step from `best` past the edges of what was `tried`."""
-    for index, values in enumerate(zip(*tried, strict=True)):
-        for edge, step in ((min(values), -1), (max(values), 1)):
-            if best[index] == edge:
-                yield (*best[:index], edge + step, *best[index + 1 :])
+def neighbours(place: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The places one step from `place` on the ladders: all parameters down, one after the other, and then up."""
+    return [(*place[:i], place[i] + step, *place[i + 1 :]) for step in (-1, 1) for i in range(len(place))]
 
 
 def score_of(entry: dict, means: pd.Series, csr: float) -> float:

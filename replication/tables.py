@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cmdp.statistics import MANY_RESAMPLES, RESAMPLES, bootstrap, bounds, cells, interval, with_budget
+from cmdp.statistics import MANY_RESAMPLES, RESAMPLES, bootstrap, bounds, cells, interval, summarise, with_budget
 from cmdp.storage import provenance, read_yaml, write_json, write_table
 from replication import ceiling
 from replication.experiments import EXPERIMENTS, PARAMS, RESULTS, Row, gather, rows
@@ -85,6 +85,12 @@ def spelled(value: Sequence[float], unit: str = "", spec: str = "z.1f", scale: f
     return f"{mean}{unit} [{low}, {high}]"
 
 
+def percent(table: pd.DataFrame, mean: str, before: str = "", spec: str = "z.1f") -> pd.Series:
+    """The column `mean` of each row `spelled`, with the interval in the columns `before`low and `before`high."""
+    values = table[[mean, f"{before}low", f"{before}high"]].to_numpy()
+    return pd.Series([spelled(value, spec=spec) for value in values], table.index)
+
+
 def by_name(table: dict[str, Row]) -> dict[str, Row]:
     """The runs by name: the first of those pooled under one name."""
     named: dict[str, Row] = {}
@@ -104,14 +110,10 @@ def summary(completions: pd.DataFrame, runs: dict[str, Row], budget: float) -> p
     found = []
     for run, group in completions.groupby("run", sort=False):
         row, limit = runs[run], runs[run].settings.get("budget", budget)
-        decoded = with_budget(group, limit).groupby("decoding")
-        values = {name: interval(cells(decoded.get_group("sampled"), column)) for name, column in MEASURES.items()}
-        if "greedy" in decoded.groups:
-            values["greedy_accuracy"] = interval(cells(decoded.get_group("greedy"), "correct"))
-        about, seeds = (run, row.family, row.tuned, row.start, limit), group["seed"].nunique()
-        found += [(*about, name, *value, seeds) for name, value in values.items()]
+        table = summarise(group, limit, measures=MEASURES | {"greedy_accuracy": "correct"})
+        found.append(table.assign(family=row.family, tuned=row.tuned, start=row.start, budget=limit))
     columns = ["run", "family", "tuned", "start", "budget", "measure", "mean", "low", "high", "seeds"]
-    return pd.DataFrame(found, columns=columns)
+    return pd.concat(found, ignore_index=True)[columns]
 
 
 def points(runs: dict[str, Row]) -> dict[str, str]:

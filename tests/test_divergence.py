@@ -17,7 +17,7 @@ from cmdp.divergence import (
     divergence_from_logits,
     lm_head,
     sampled_divergence,
-    score_on_cpu,
+    score_in_tiles,
 )
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -123,7 +123,7 @@ def test_one_projection_gives_divergence_log_probabilities_and_entropy(kind, til
         policy.gather(-1, tokens[..., None])[..., 0] * mask,
         -(policy.exp() * policy).sum(-1) * mask,
     )
-    actual = score_on_cpu(
+    actual = score_in_tiles(
         student_hidden, student, tokens, mask, teacher_hidden, teacher, where, kind, 0.3, temperature=0.7
     )
     for ours, theirs in zip(actual, expected, strict=True):
@@ -216,7 +216,7 @@ def test_tokens_impossible_in_both_heads_leave_values_and_gradients_finite(path,
     for ours, theirs in ((student, teacher), padded):
         values = [divergence_from_hidden(hidden, ours, teacher_hidden, theirs, mask, kind)]
         if path != "kernel":
-            values += score_on_cpu(hidden, ours, tokens, mask, teacher_hidden, theirs, mask, kind, 0.5, 1.0)
+            values += score_in_tiles(hidden, ours, tokens, mask, teacher_hidden, theirs, mask, kind, 0.5, 1.0)
         sums, inputs = [value.square().sum() for value in values], (hidden, student.weight)
         results.append((values, [torch.autograd.grad(x, inputs, retain_graph=True) for x in sums]))
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from replication.tables import spelled
+from replication.tables import percent
 from replication.theory import OURS
 
 
@@ -55,19 +55,14 @@ def sampled_learners(results: Path) -> pd.DataFrame:
     return table.sort_values("of_optimum", ascending=False).set_index("method")
 
 
-def percent(table: pd.DataFrame, measure: str) -> pd.Series:
-    """A measure in per cent with its 95 % interval: `97.1 [96.5, 97.6]`."""
-    values = table[[measure, f"{measure}_low", f"{measure}_high"]].to_numpy()
-    return pd.Series([spelled(value) for value in values], table.index)
-
-
 def learners(results: Path) -> pd.DataFrame:
     """Reward relative to the optimum and CSR; for cmdp, our forms and worst-case also the paired gain over gkd-grpo."""
     table = sampled_learners(results)
     compared = table[table.index.isin(["cmdp", "worst-case", *OURS])]
-    columns = {"reward / optimum (%)": percent(table, "of_optimum"), "CSR (%)": percent(table, "csr")}
-    columns["gain in reward / optimum (points)"] = percent(compared, "of_optimum_gain")
-    columns["gain in CSR (points)"] = percent(compared, "csr_gain")
+    columns = {"reward / optimum (%)": percent(table, "of_optimum", "of_optimum_")}
+    columns["CSR (%)"] = percent(table, "csr", "csr_")
+    columns["gain in reward / optimum (points)"] = percent(compared, "of_optimum_gain", "of_optimum_gain_")
+    columns["gain in CSR (points)"] = percent(compared, "csr_gain", "csr_gain_")
     return pd.DataFrame(columns).loc[table.index].fillna("")
 
 
