@@ -19,12 +19,15 @@ import pandas as pd
 
 from cmdp.statistics import interval
 from cmdp.storage import read, write_json, write_table
+from cmdp.tasks.answers import THOUGHT, THOUGHT_END
 
 KEY = "JUDGE_API_KEY"
 RETRIES = 5  # by the client, with backoff or Retry-After: refused, reset, timed out, 408, 409, 429, 5xx
 ORDERS = {"a_first": ("completion_a", "completion_b"), "b_first": ("completion_b", "completion_a")}
 SCORES = {"1": 1.0, "tie": 0.5, "2": 0.0}  # of the solution shown first
 _WORD = re.compile(r"\[\[\s*(?:solution\s*)?(1|2|tie)\s*\]\]|verdict\W+(?:solution\s*)?(1|2|tie)\b(?=(\W*$)?)")
+_NO = r"(?:\b(?:no|not|nor|or|cannot|either|wors[et]|wrong|incorrect|los\w+|fail\w*)\b|n['’]t\b)"
+_DENIED = re.compile(rf"{_NO}[^.,:;]*(?:\[\[|verdict)|\]\][^.,:;]*{_NO}")
 _URL = re.compile(r"https?://(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[^?#@\s]*)?")
 
 
@@ -108,10 +111,10 @@ def paired(a: pd.DataFrame, b: pd.DataFrame) -> tuple[pd.DataFrame, int]:
 
 
 def verdict(reply: str) -> str | None:
-    """ "1", "2" or "tie" from the last line with a word, after any thought; None if unclear or contradictory."""
-    answer = reply.lower().rpartition("</think>")[2]
-    lines = [line for line in answer.splitlines() if re.search(r"\w", line)]  # a closing code fence has no word
-    found = list(_WORD.finditer(lines[-1])) if lines and "<think>" not in answer else []
+    """ "1", "2" or "tie" from the last line with a word, after any thought; None if unclear or denied."""
+    answer = THOUGHT_END.split(reply.lower())[-1]
+    lines = ["", *(line for line in answer.splitlines() if re.search(r"\w", line))]  # a closing code fence has none
+    found = [] if THOUGHT.search(answer) or _DENIED.search(lines[-1]) else list(_WORD.finditer(lines[-1]))
     clear = any(match[1] or match[3] is not None for match in found)  # in brackets, or the line's last word
     said = {match[1] or match[2] for match in found}
     return said.pop() if clear and len(said) == 1 else None

@@ -14,11 +14,12 @@ from cmdp.tasks.verifier import verifier
 
 LONGEST = 400  # characters of an answer
 
-_THOUGHT = re.compile(r"[<\[](?:think|thinking|thought|reasoning)[>\]]", re.I)
-_THOUGHT_END = re.compile(r"[<\[]/(?:think|thinking|thought|reasoning)[>\]]", re.I)
+_TAG = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|scratchpad) ?\|?[>\]▷]"
+THOUGHT = re.compile(rf"[<\[◁]\|? ?(?:begin_of_)?{_TAG}|<\|channel\|>analysis", re.I)
+THOUGHT_END = re.compile(rf"[<\[◁](?:/ ?|\|end_of_){_TAG}|<\|channel\|>final", re.I)
 _MARK = re.compile(r"####|\\(?:boxed|fbox)(?![A-Za-z])\s*\{?")
-_SAID = re.compile(r"\banswer(?: to (?:the|this|your) \w+)?[\s*]{0,9}(?:is|:|=)", re.I)
-_LABEL = re.compile(r"(?:[\s:*]|\$\$|\\\[)*(?:(?:the |my )?(?:final )?answer\b(?: is)?(?:[\s:=*]|\$\$|\\\[)*)?", re.I)
+_SAID = re.compile(r"\banswer(?: to (?:the|this|your) \w+)?[\s*]{0,9}(?:is|:|=)|^[#* ]*final answer[* ]*$", 10)  # I, M
+_LABEL = re.compile(r"(?:[\s:=*]|\$\$|\\\[)*(?:(?:the |my )?(?:final )?answer\b(?: is)?(?:[\s:=*]|\$\$|\\\[)*)?", re.I)
 _HEADING = re.compile(  # "#### Step 2" with more text below
     r"[ *]*(?:[0-9]{1,2}[.):] +)?(?!(?:the |my )?(?:final )?answer|[A-Z]{2,3} ?[0-9])[A-Z]{2,}.{0,200}\n\s*\S", re.I
 )
@@ -29,7 +30,7 @@ _CURRENCY = r"[$£¥€\u20a0-\u20c0]"
 _REWRITES = [
     (r"(?<!\\)\$+([^$]*)(?<!\\)\$+|(?<!\\)\\[()\[\]]", r"\1"),  # math delimiters
     (r"(?<![\w)])\*\*([^*]+)\*\*(?![\w(])|\*\*(?= [A-Za-z])", r"\1"),  # bold
-    (r"(?<!\\)\\(?:(?:left|right|displaystyle|rm|bf|it)(?![A-Za-z])|!|(?:text)?color\s*\{\w*\})", ""),
+    (r"(?<!\\)\\(?:(?:left|right|displaystyle|rm|bf|it)(?![A-Za-z])|! *|(?:text)?color\s*\{\w*\})", ""),
     (r"(?<!\\)\\(?:[,;: ]|q?quad(?![A-Za-z]))|~|\s+", " "),
     (r"\{\s*,\s*\}", ","),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
@@ -37,8 +38,8 @@ _REWRITES = [
     (r"\\(?:math(?:rm|it|bf)|text(?:rm|bf|it|normal)?|[mh]box|operatorname)\s*\{", r"\\text{"),
     (r",?\s*\\text\{\s*(?:and|or)\s*\}", ","),
     (r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![A-Za-z])", r"\\text{ degree }"),
-    (r"\\text\{\s*([0-9][0-9.,]*)\s*\}|^\s*\{([^{}]*)\}\s*$|\\(?=[$%#&])", r"\1\2"),
-    (r"\\sqrt +([0-9]+|[A-Za-z])", r"\\sqrt{\1}"),
+    (r"\\text\{\s*([0-9][0-9.,]*)\s*\}|^\s*(?:\\text(?=\{\s*[0-9]))?\{([^{}]*)\}\s*$|\\(?=[$%#&])", r"\1\2"),
+    (r"\\sqrt(\[\w\] *| +)([0-9]+|[A-Za-z])", r"\\sqrt\1{\2}"),
     (rf"^\s*([+-]?) *({_CURRENCY}|(?:US\$|[A-Z]{{3}}|Rs\.?)(?=[ 0-9])) *([+-]?\.?[0-9].*)", r"\1\3 \2"),
     (r"  +", " "),
 ]
@@ -50,22 +51,22 @@ _FRACTION = re.compile(r"\\frac ?(?:\{ ?(-?)([0-9,.]+) ?\}|([0-9])) ?(?:\{ ?([0-
 _REPEATING = re.compile(r"([-+]?)([0-9]*)\.([0-9]*)\\overline ?\{([0-9]+)\}")
 _QUANTITY = re.compile(  # a core, and then only words
     r"(?P<core>(?!\\text).*?(?:[0-9)}\]]|\\pi|(?= ?\\text)))"
-    rf"(?P<words>(?:\\text\{{[^{{}}]*\}}|{_CURRENCY}|[A-Za-z'.,/() %¢-]|(?<=[A-Za-z}}])\^(?:[23]|\{{[23]\}}))*)"
+    rf"(?P<words>(?:\\text\{{[^{{}}^]*\}}|{_CURRENCY}|[A-Za-z'.,/() %¢-]|(?<=[A-Za-z}}])\^(?:[23]|\{{[23]\}}))*)"
 )
 _SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _UNITS = """cm centimeter centimetre|mm millimeter millimetre|km kilometer kilometre|m meter metre|in inche inch|l liter
     |ft foot feet|mi mile|g gram|kg kilogram|lb pound|oz ounce|h hr hour|min minute|s sec second|am|pm|deg degree
-    |% percent percentage|cent ¢|$ dollar usd|€ euro eur|£ gbp|₹ rs rupee inr|2 square sq|3 cubic cu"""
+    |% percent percentage|cent ¢|$ dollar usd|€ euro eur|£ gbp|₹ rs rupee inr|2 square sq|3 cubic cu|ml|mph|¥|₱"""
 _SAME_UNIT = {word: words.split()[0] for words in _UNITS.split("|") for word in words.split()}
 NUMBER_WORDS = (  # that change the number beside them
     r"plus|minus|times|squared|cubed|root|factorial|mod|modulo|choose|divided|multiplied|remainder|r(?!s)|zero|one|two"
     r"|half|halve|third|quarter|(?:three|four|fif|five|six|seven|eigh|eight|ni?ne?|ten|eleven|twelve|twelf|hundred"
     r"|thousand|\w+illion)(?:th)?|(?:twen|thir|four|for|fif|six|seven|eigh|nine)t(?:y|een|ieth|eenth)|lakh|crore|myriad"
-    r"|dozen|score|gross|pair|couple|double|twice|triple|fold|negative"
+    r"|dozen|score|gross|pair|couple|grand|double|twice|thrice|triple|fold|negative"
 )
 _NOT_UNITS = re.compile(  # these, and words that go on or deny
-    rf"^ *and\b|\b(?:{NUMBER_WORDS}|or|but|not|no|over|by|power|pi|sqrt|log|base|bn|mil|ish|below|to|through|until"
-    r"|versus|except|without|if|is|was|are|were|isn|would|could|should|might|wrong|incorrect|raised)s?\b"
+    rf"^ *and\b|\b(?:{NUMBER_WORDS}|or|but|not|no|over|by|power|pi|sqrt|log|base|bn|mn|mill?|ish|below|under|to|through"
+    r"|until|versus|except|without|if|is|was|are|were|isn|would|could|should|might|inverse|wrong|incorrect|raised)s?\b"
 )
 
 
@@ -73,7 +74,7 @@ def extract(completion: str) -> str | None:
     """The last answer that the completion states, tidied, or None: after `####` (unless that begins a heading) or in
     `\\boxed{}`, wherever one is, else after "the answer is". Thoughts (`<think>...</think>`) and all but the last
     50,000 characters are left out."""
-    text = _THOUGHT.split(_THOUGHT_END.split(completion)[-1], maxsplit=1)[0][-50_000:]
+    text = THOUGHT.split(THOUGHT_END.split(completion)[-1], maxsplit=1)[0][-50_000:]
     marks = [mark for mark in _MARK.finditer(text) if mark[0] != "####" or not _HEADING.match(text, mark.end())]
     mark = (marks or list(_SAID.finditer(text)) or [None])[-1]
     if mark is None:
@@ -153,7 +154,7 @@ def _plain(text: str) -> str:
     """A short form: braces about one character left out, and words without `\\text` in lower case."""
     text = re.sub(r"([_^]) ?\{(\w)\}", r"\1\2", text)
     words = re.sub(r"\\text ?\{([^{}]*)\}", r"\1", text).strip(" ().")
-    return text if not re.fullmatch(r"[A-Za-z .'-]+", words) else words.casefold() if len(words) > 3 else words
+    return text if not re.fullmatch(r"[A-Za-z .'-]+", words) else words.casefold() if len(words) > 2 else words
 
 
 def _quantity(text: str) -> tuple[str, int, frozenset[str]]:
@@ -170,7 +171,7 @@ def _quantity(text: str) -> tuple[str, int, frozenset[str]]:
     while words and words[0] in _SCALES:
         scale *= _SCALES[words[0]]
         tail = tail.replace(words.pop(0), "", 1)
-    letters = {word for i, word in enumerate(words) if len(word) < 2 and not (i and word in "acf")}  # °C, a day
-    if _NOT_UNITS.search(tail) or letters - _SAME_UNIT.keys():
+    letters = {w for i, w in enumerate(words) if len(w) < 2 and not (w in "acf" if i else w == "a" != words[-1])}
+    if _NOT_UNITS.search(tail) or re.search(r"\bMM?\b", match["words"]) or letters - _SAME_UNIT.keys():
         return nothing
     return match["core"].strip(), scale, frozenset(_SAME_UNIT.get(word, word) for word in words)

@@ -4,13 +4,13 @@
 
 Read are calculator annotations (`<<48/2=24>>`) and equations wholly of numbers, + - * / ^ × ÷ ( ) and %, where no word
 beside them ("half of 10 + 3", "= 3 remainder 2") may change them. Values are exact. A right side with k decimals is the
-left one rounded or cut to k decimals; a whole number is exact, unless the sign is ≈.
+left one rounded or cut to k decimals; a whole number is exact, unless it is a percentage or the sign is ≈.
 """
 
 import ast
-import operator
 import re
 from fractions import Fraction
+from operator import add, mul, sub, truediv
 from typing import NamedTuple
 
 from cmdp.tasks.answers import NUMBER_WORDS
@@ -42,7 +42,7 @@ _REWRITES = [  # LaTeX and Markdown
     (r"\*\*|__|[&`]", " "),
     (r"(?m)^[ \t]*(?:[-*•+][ \t]|[0-9]{1,2}[.)][ \t])", ""),  # an item of a list
     (r"(?<=[0-9)%])[ \t]*[xX][ \t]*(?=[$0-9(.])", " * "),
-    (r"(/\(*[0-9]+\)*|[0-9]%) of (?=[$0-9(])", r"\1 ⊗ "),  # 1/4 of 60, 20% of 50
+    (r"(/\(*[0-9]+\)*|[0-9] ?%) of (?=[$0-9(])", r"\1 ⊗ "),  # 1/4 of 60, 20% of 50
 ]
 _PLAIN = str.maketrans("−–×·∙⋅÷≅[]", "--****/≈()", "$€£")
 _RUN = "0123456789.,+*/^()%- \t\u00a0\u202f"  # what an expression is made of
@@ -57,15 +57,14 @@ _BEFORE = re.compile(  # what an equation may not follow: an operator in words, 
     r"|cos|tan|sqrt|max|min|gcd|(?:one|two|half) and)s?$"
 )
 _AFTER = re.compile(  # what may not follow it: such a word, "and a half", another quantity, a remainder
-    rf"(?i)\s*(?:{_CHANGES})s?\b|\s*[b-fi-kn-rt-z](?:\b| ?[0-9])|\s*and\s+(?:an?\b|one\b|half|\(?[0-9]+ ?/)"
-    r"|\s*[a-z]+\.?,?\s+(?:and\s+)?[0-9.,]+\s*[a-z]"
-    r"|[^.;!?=]*(?:\b(?:remainder|mod|modulo)\b|[0-9]+(?: \w+)? (?:remain|left)|left ?over|leaving)"
+    rf"(?i)\s*(?:{_CHANGES}|(?-i:MM?))s?\b|\s*[b-fi-kn-rt-z](?:\b| ?[0-9])"
+    r"|\s*(?:\w+\s+)?and\s+(?:an?\b|one\b|half|\(?[0-9]+ ?/)|\s*[a-z]+\.?,?\s+(?:(?:and|with|plus)\s+)?[0-9.,]+\s*[a-z]"
+    r"|[^.;!?=]*(?:\b(?:remainder|mod|modulo|rounded|base)\b|[0-9]+( \w+)? (?:remain|left|extra)|left ?over|leaving)"
 )
 _CLAUSE = re.compile(r"[.;:!?=]|,\s|\b(?:and|so|then|because|since|which|but)\b")
 _OPERATOR = re.compile(r"[+*⊗^<>\\{}_|√=]|\s/|/\s|\s-\s*[0-9(]|-\s")
 _CLAUSE_START = re.compile(r"[.;:!?=(\"—]\s*|,\s")
-_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-_OPERATORS |= {ast.Pow: operator.pow}
+_OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.Pow: pow}
 
 
 def equations(text: str) -> list[Equation]:
@@ -157,7 +156,7 @@ def _holds(left: str, right: str, sign: str) -> bool | None:
             return None
         last = Fraction(1, 10**decimals) * (percent if right.endswith("%") else 1)  # a unit of the last decimal
         is_close = a * b >= 0 and -last / 2 <= abs(a) - abs(b) < last
-        if abs(a - b) <= error * abs(b) or (is_close and (decimals or sign == "≈")):
+        if abs(a - b) <= error * abs(b) or (is_close and (decimals or sign == "≈" or right.endswith("%"))):
             return True if percent != 1 else None
         if ("%" in left) == ("%" in right):
             break
