@@ -78,16 +78,16 @@ def account(accuracy: np.ndarray, pass_rate: np.ndarray, cost: np.ndarray) -> di
     return {"cost": spent, "useful": useful, "wasted": spent - useful, "useful_at_least": at_least}
 
 
-def measured(experiment, pair: tuple, seed: int = 0) -> tuple[pd.DataFrame, dict[str, float]]:
+def measured(experiment, pair: tuple, problems: list[dict], seed: int = 0) -> tuple[pd.DataFrame, dict[str, float]]:
     """(price list, account of the student) from completions of both models of `pair` (student, teacher, tokenizer) on
-    the prompts that the `train.Experiment` evaluates. The price list has `per_token` too: the budget in nats per token,
-    at the teacher's mean length. Raises `ValueError` for a reward that is not 0 or 1."""
+    `problems` of the `train.Experiment`. The price list has `per_token` too: the budget in nats per token, at the
+    teacher's mean length. Raises `ValueError` for a reward that is not 0 or 1."""
     from cmdp.train import measure
 
     student, teacher, tokenizer = pair
     rates = {}
     for role, model in (("teacher", teacher), ("student", student)):
-        completions, _ = measure(experiment, (model, teacher, tokenizer), seed, greedy=False)
+        completions, _ = measure(experiment, (model, teacher, tokenizer), seed, problems, greedy=False)
         if not completions["correct"].isin([0, 1]).all():
             raise ValueError("The ceiling is one of accuracy: give a reward that is 0 or 1.")
         rates[role] = completions.groupby("prompt")[["correct", "cost", "tokens"]].mean()

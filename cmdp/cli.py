@@ -16,12 +16,14 @@ def distill(words: list[str]) -> None:
     from cmdp import distill
     from cmdp.train import changed, run_all
 
-    experiment = distill.experiment(*distill.parse(words))
+    options, settings = distill.parse(words)
+    experiment = distill.experiment(options, settings)
     for run, seed in itertools.product(experiment.runs, experiment.seeds):
         if other := changed(experiment, run, seed):
             raise ValueError(f"{experiment.folder(run, seed)} was trained with {other}. Give another --output.")
     run_all(experiment, [*experiment.runs], experiment.seeds)
     folder = experiment.folder(run, seed)  # of the last run: the others are measured beside it
+    print("sft is the student before training.\n" * options.before, end="")
     print(f"The student is in {folder}: cmdp evaluate {folder}, cmdp export {folder} NEW-FOLDER")
 
 
@@ -56,13 +58,16 @@ def ceiling(folder: Path | None, prompts: int, samples: int, split: str | None, 
     if folder:
         changes = {"prompts": prompts, "samples": samples, "split": split}
         experiment, run, seed = train.trained(folder, **changes)
+        problems = experiment.evaluated(models.shared_tokenizer(folder, experiment.teacher))
         pair, name = train.load_trained(experiment, run, seed, folder), f"ceiling-{run}-{seed}"
     else:
         experiment = distill.experiment(*distill.parse(["--budget", "1", *words]))  # which nothing reads
         experiment.evaluate = train.Evaluation(prompts, samples, experiment.evaluate.batch_size, split or "train")
-        pair = models.load_pair(experiment.student, experiment.teacher, **train.device_settings(experiment.train))
+        roles = experiment.student, experiment.teacher
+        problems = experiment.evaluated(models.shared_tokenizer(*roles))
+        pair = models.load_pair(*roles, **train.device_settings(experiment.train))
         name = "ceiling"
-    prices, found = ceiling.measured(experiment, pair)
+    prices, found = ceiling.measured(experiment, pair, problems)
     path = train.RESULTS / experiment.name / f"{name}.csv"
     storage.write_table(prices, path)
     storage.write_json(found, path.with_suffix(".json"))

@@ -47,7 +47,7 @@ class Distill:
     answer_column: str | None = option(None, "Else answer.")
     instruction: str | None = option(None, "Follows each question; else the reward's own.")
     prompt_length: int = option(512, "Longer prompts are left out (tokens).")
-    prompts: int = option(200, "Held-out prompts that are measured.")
+    prompts: int = option(200, "Held-out prompts that are measured, at most.")
     samples: int = option(4, "Completions of each.")
     before: bool = option(True, "Measure the student before training too.")
 
@@ -86,10 +86,14 @@ def experiment(options: Distill, settings: dict[str, Any]) -> train.Experiment:
     task |= {"sizes": {"test": None, "train": None}, "prompt_length": options.prompt_length, "test": options.test}
     task |= {key: getattr(options, key) for key in ("prompt_column", "answer_column", "instruction")}
     template = settings.pop("chat_template_kwargs", None)
-    task["chat_template_kwargs"] = json.loads(template) if isinstance(template, str) else template
+    with storage.named("--chat_template_kwargs", "takes a JSON object", ValueError):
+        task["chat_template_kwargs"] = dict(json.loads(template)) if isinstance(template, str) else template
     student = {"model": options.student, "four_bit": options.student_4bit, "adapter": options.student_adapter}
+    adapter = {"r": options.lora_r, "alpha": options.lora_alpha}
     if options.lora:
-        student["lora"] = {"r": options.lora_r, "alpha": options.lora_alpha}
+        student["lora"] = adapter
+    elif adapter != {"r": Distill.lora_r, "alpha": Distill.lora_alpha}:
+        raise ValueError("--lora_r and --lora_alpha need --lora.")
     teacher = {"model": options.teacher, "four_bit": options.teacher_4bit, "adapter": options.teacher_adapter}
     batch = settings["per_device_eval_batch_size"]
     measured = {"prompts": options.prompts, "samples": options.samples, "batch_size": batch}

@@ -7,6 +7,7 @@ one evaluation serves the whole frontier.
 import pandas as pd
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import GenerationConfig
 
 from cmdp.divergence import divergence_from_hidden, lm_head, score_in_tiles
@@ -39,7 +40,7 @@ def evaluate(
     tables, curves = [], []
     for decoding, repeats in (("sampled", samples), ("greedy", int(greedy))):
         order = [index for index in range(len(problems)) for _ in range(repeats)]
-        for start in range(0, len(order), batch_size):
+        for start in tqdm(range(0, len(order), batch_size), f"{decoding} completions", leave=False, disable=None):
             indices = order[start : start + batch_size]
             columns = {key: [problems[index][key] for index in indices] for key in problems[0]}
             prompts = columns.pop("prompt")

@@ -51,7 +51,7 @@ def export(run: Path, target: Path, merge: bool = False) -> None:
             write_json(config | {"base_model_name_or_path": path, "revision": base.revision}, folder / ADAPTER[0])
         elif adapter:
             model.save_pretrained(folder)
-        card(target.name, record, base.model, alone).save(folder / "README.md")
+        card(target.name, record, base.model, alone, (run / "chat_template.jinja").is_file()).save(folder / "README.md")
 
 
 def merged(run: Path, base: ModelSpec):
@@ -77,9 +77,14 @@ def hub_id(model: str | None) -> str | None:
     return model if named and not Path(model).exists() else None
 
 
-def card(name: str, record: dict, base: str | None, adapter: bool) -> ModelCard:
+def card(name: str, record: dict, base: str | None, adapter: bool, chat: bool = False) -> ModelCard:
     """The model card of a student with the `record` of cmdp.json. `base` is the base model as the user named it, which
-    the metadata name if it is a Hub id; `adapter` says whether the weights are an adapter alone."""
+    the metadata name if it is a Hub id; `adapter` says whether the weights are an adapter alone, `chat` whether the
+    tokenizer has a chat template."""
+
+    def local(path: str) -> str:  # no path of this machine goes along
+        return Path(path).name if os.path.isabs(path) else path
+
     settings, adapters = record["settings"], ("student_adapter", "teacher_adapter")
     roles = {"base": base or "unknown"} | {key: record[key] for key in ("teacher", *adapters) if record.get(key)}
     per = "token" if settings.get("budget_form") == "per_token" else "completion"
@@ -87,8 +92,9 @@ def card(name: str, record: dict, base: str | None, adapter: bool) -> ModelCard:
     library = "peft" if adapter else "transformers"
     metadata = ModelCardData(base_model=hub_id(base), library_name=library, pipeline_tag="text-generation", tags=tags)
     shown = {
-        **record | {"name": name, "adapter": adapter},
-        **{key: hub_id(x) or f"{Path(x).name if os.path.isabs(x) else x} (local)" for key, x in roles.items()},
+        **record | {"name": name, "adapter": adapter, "chat": chat},
+        **{key: hub_id(x) or f"{local(x)} (local)" for key, x in roles.items()},
+        "task": {key: local(x) for key, x in record["task"].items() if isinstance(x, str)},
         "budget": f"{settings.get('budget', math.inf):g} nats per {per}",
         "enforced": settings.get("reward_form", "lagrangian") != "lagrangian" and not settings.get("step_budget"),
         "settings": yaml.safe_dump(settings, sort_keys=False).strip(),

@@ -91,7 +91,7 @@ class Experiment:
 
     def problems(self, split: str, tokenizer) -> list[dict]:
         """The problems of a split whose prompts have at most `task.prompt_length` tokens. Raises `ValueError` if there
-        is no such split, or none is left."""
+        is no such split, none is left, or the reward of the first cannot be computed."""
         splits, longest = load_problems(self.task, tokenizer), self.task.get("prompt_length")
         if split not in splits:
             raise ValueError(f"There is no split {split!r}. There are: {', '.join(splits)}.")
@@ -102,7 +102,13 @@ class Experiment:
             print(f"{len(problems) - len(kept)} of {len(problems)} problems are left out: over {longest} tokens.")
         if not kept:
             raise ValueError(f"No problem has {longest} tokens or fewer: raise task.prompt_length.")
+        first = {key: [value] for key, value in kept[0].items()}
+        reward(load_task(self.task["name"]))([""], prompts=first.pop("prompt"), **first)  # raises what it raises
         return kept
+
+    def evaluated(self, tokenizer) -> list[dict]:
+        """The problems that its `evaluate` section asks for. Raises `ValueError` as `problems` does."""
+        return self.problems(self.evaluate.split, tokenizer)[: self.evaluate.prompts]
 
 
 def read(path: Path, *overrides: str) -> Experiment:
@@ -175,7 +181,11 @@ def arguments(*kinds: type):
         def error(self, message: str):
             raise ValueError(message)
 
-    return Parser(kinds, allow_abbrev=False)
+    parser = Parser(kinds, allow_abbrev=False)
+    for action in parser._actions:
+        if getattr(action.type, "__name__", "") == "string_to_bool":  # also bf16, whose default is None
+            action.nargs, action.const = "?", True
+    return parser
 
 
 def build_config(settings: dict[str, Any]):
@@ -217,6 +227,7 @@ def distil(
     from cmdp.trainer import CMDPTrainer
 
     defaults = {"gradient_checkpointing": False, "bf16": False, "report_to": "none", "disable_tqdm": True}
+    defaults["dataloader_pin_memory"] = student.device.type == "cuda"  # PyTorch warns where there is no GPU to pin for
     settings = {"output_dir": str(checkpoints), **defaults, **METHODS.get(check_method(method), {}), **settings}
     config, data = build_config(settings), {"train_dataset": Dataset.from_list(problems), "processing_class": tokenizer}
     if method in TRL:  # given what of the settings they know: reverse KL, no KL to a reference
@@ -355,8 +366,6 @@ def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -
     check_machine(settings, folder, storage.CHECKPOINTS)
     problems, task = experiment.problems("train", shared_tokenizer(*specs)), load_task(experiment.task["name"])
     files = [file for spec in specs for file in spec.files()] + getattr(task, "files", [])
-    first = {key: [value] for key, value in problems[0].items()}
-    reward(task)([""], prompts=first.pop("prompt"), **first)  # raises before weights are read
     made_from = {"method": method, "settings": settings if method != START else {}, "reward": experiment.task["name"]}
     made_by = storage.fingerprint(made_from | {"problems": problems, "models": [*map(vars, specs)]}, files)
     if (folder / storage.RECORD).is_file():
@@ -404,7 +413,7 @@ def changed(experiment: Experiment, run: str, seed: int) -> str:
     names = ["student", "teacher", "task", *["budget", "train"] * (experiment.runs[run]["method"] != START)]
     both = storage.read(path)["experiment"], dataclasses.asdict(experiment)
     both = ({name: said[name] for name in names} | {"runs": said["runs"][run]} for said in both)
-    old, new = (pd.json_normalize(said).iloc[0].map(str).to_dict() for said in both)
+    old, new = (pd.json_normalize(said, max_level=1).iloc[0].map(str).to_dict() for said in both)
     return next((f"{x}={old.get(x)}, not {new.get(x)}" for x in old | new if old.get(x) != new.get(x)), "")
 
 
@@ -451,8 +460,7 @@ def measure(experiment: Experiment, pair: tuple, seed: int, problems: list[dict]
     from cmdp.evaluation import evaluate
 
     settings, (student, _, tokenizer) = experiment.evaluate, pair
-    if problems is None:
-        problems = experiment.problems(settings.split, tokenizer)[: settings.prompts]
+    problems = problems or experiment.evaluated(tokenizer)
     arguments = {"samples": settings.samples, "greedy": settings.greedy, "batch_size": settings.batch_size}
     arguments["max_completion_length"] = experiment.train.get("max_completion_length", 256)
     device, task = student.device, load_task(experiment.task["name"])
@@ -472,8 +480,7 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
             train(experiment, *each)
         return
     check_machine({}, results)
-    tokenizer = shared_tokenizer(experiment.student, experiment.teacher)
-    problems = experiment.problems(experiment.evaluate.split, tokenizer)[: experiment.evaluate.prompts]
+    problems = experiment.evaluated(shared_tokenizer(experiment.student, experiment.teacher))
     asked = [problems, experiment.evaluate, experiment.budget, experiment.train.get("max_completion_length")]
     for run, seed in every:
         folder = train(experiment, run, seed)
@@ -524,7 +531,8 @@ def evaluate(folder: Path, **changes) -> pd.DataFrame:
     """Measure a trained student again, see `trained`. Prints and returns the means, as `summarise`. Raises `ValueError`
     for a split that there is not."""
     experiment, run, seed = trained(folder, **changes)
-    completions, _ = measure(experiment, load_trained(experiment, run, seed, folder), seed)
+    problems = experiment.evaluated(shared_tokenizer(folder, experiment.teacher))  # raises before weights are read
+    completions, _ = measure(experiment, load_trained(experiment, run, seed, folder), seed, problems)
     summary = summarise(completions.assign(run=run, seed=seed), **vars(experiment.budget))
     print(shown(summary.drop(columns=["run", "seeds"]).set_index("measure"), completions))
     return summary

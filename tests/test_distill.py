@@ -114,6 +114,16 @@ def test_the_ceiling_is_measured_before_training_and_the_account_after_it(own, m
             command(monkeypatch, "ceiling", *wrong)
     with pytest.raises(SystemExit, match="prompts, samples and batch_size"):
         command(monkeypatch, "evaluate", folder[1], "--samples", "0")
+    with monkeypatch.context() as patched:
+        patched.setattr(models, "load_base", lambda *_: pytest.fail("weights were loaded"))
+        for wrong, message in (
+            (["ceiling", *folder, "--split", "dev"], "There is no split 'dev'"),
+            (["evaluate", folder[1], "--split", "dev"], "There is no split 'dev'"),
+            (["ceiling", *without, "--prompt_column", "text"], "has no column 'text'"),
+            (["ceiling", *without, "--reward", "rewards.py:raises"], "raised ZeroDivisionError"),
+        ):
+            with pytest.raises(SystemExit, match=message):
+                command(patched, *wrong)
     command(monkeypatch, "ceiling", *sizes, *folder)
     found = json.loads(Path("results/mine/ceiling-cmdp-chance-0.json").read_text())
     assert found["cost"] == pytest.approx(found["useful"] + found["wasted"])
@@ -134,6 +144,7 @@ def test_other_settings_do_not_replace_a_student_and_another_measurement_trains_
                 r"cmdp-chance/0 was trained with budget\.budget=1\.5, not 0\.5\. Give another --output",
             ),
             (["--learning_rate", "0.1"], r"train\.learning_rate=None, not 0\.1"),
+            (["--lora"], r"sft/0 was trained with student\.lora=None, not \{'r': 16, 'alpha': 32\}"),
             (
                 ["--reward", "rewards.py:raises"],
                 r"sft/0 was trained with task\.name=rewards\.py:ends, not rewards\.py:r",
@@ -239,6 +250,9 @@ def test_settings_of_the_method_are_not_asked_of_the_student_before_training(own
         ("--reward rewards.py:ends --report_to swanlab", "swanlab is not installed: pip install swanlab"),
         ("--reward rewards.py:ends --use_cpu false", "use_cpu=false asks for a GPU and PyTorch finds none"),
         ("--reward rewards.py:ends --student_4bit", "4-bit weights cannot themselves be trained"),
+        ("--reward rewards.py:ends --lora_r 4", "--lora_r and --lora_alpha need --lora"),
+        ("--reward rewards.py:ends --chat_template_kwargs {no", "--chat_template_kwargs takes a JSON object"),
+        ("--reward rewards.py:ends --bf16 --use_cpu false", "bf16 asks for a GPU and PyTorch finds none"),
         ("--reward rewards.py:ends --output a/b", "is no name"),
         ("--reward rewards.py:ends --prompt_length 1", "No problem has 1 tokens"),
         ("--reward rewards.py:ends --config none.yaml", r"There is no none\.yaml"),
@@ -341,5 +355,6 @@ def test_the_bar_shows_steps_csr_and_reward_on_a_terminal(own, monkeypatch, caps
     own("--reward", "rewards.py:ends", "--no_before")
     shown = capsys.readouterr().err
     assert "2/2" in shown
+    assert "sampled completions: 100%" in shown
     assert "csr=" in shown
     assert "task_reward=0." in shown

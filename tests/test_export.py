@@ -1,6 +1,7 @@
 """What is exported loads without this package, computes what the student computed, and says what it is."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from conftest import WORDS, make_model, make_tokenizer
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_models import write_gguf, write_model
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from cmdp.export import card, export, hub_id
@@ -21,7 +23,7 @@ RECORD = {
     "method": "cmdp-hinge",
     "seed": 3,
     "settings": {"reward_form": "hinge", "lam": 0.25, "budget": 0.15, "budget_form": "per_token", "max_steps": 7},
-    "task": {"name": "arithmetic"},
+    "task": {"name": "/home/someone/rewards.py:ends", "source": "/home/someone/rows.jsonl", "seed": 0},
     "student": "org/student",
     "teacher": "/models/some/teacher.gguf",
     "provenance": {"commit": "0123abc", "python": "3.11.9", "libraries": {"torch": "2.13.0", "trl": "1.16.0"}},
@@ -196,6 +198,7 @@ def test_the_card_says_what_was_recorded_at_training(run, tmp_path):
         "base model: base (local)",
         "teacher: teacher.gguf (local)",
         "method: cmdp-hinge (run hinge-a, seed 3)",
+        "data: rows.jsonl; reward: rewards.py:ends\n",
         "budget: 0.15 nats per token\n",
         "commit 0123abc",
         "torch 2.13.0, trl 1.16.0",
@@ -208,6 +211,20 @@ def test_the_card_says_what_was_recorded_at_training(run, tmp_path):
     ):
         assert fact in loaded.text
     assert "nan" not in loaded.text
+
+
+@pytest.mark.parametrize("template", ["<s> {{ messages[0].content }}", None], ids=["chat", "plain"])
+def test_the_cards_code_runs_and_starts_a_prompt_as_training_does(tmp_path, monkeypatch, template):
+    tokenizer = build_tokenizer(["<s>", *WORDS])
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
+    tokenizer.chat_template = template
+    export(save(tmp_path / "run", make_model(tokenizer, seed=0), tokenizer), tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall("```python\n(.*?)```", Path("out/README.md").read_text(), re.S)
+    names = {}
+    exec(code.replace('"..."', '"a b"'), names)
+    assert names["tokenizer"].decode(names["inputs"]["input_ids"][0]).split() == ["<s>", "a", "b"]
+    assert names["ids"].shape[1] > 3
 
 
 def test_the_card_names_the_adapters_of_student_and_teacher():
