@@ -25,7 +25,7 @@ STAGES = {  # stage: the function it calls, what it does, and whether it takes a
     "laptop-account": ("laptop:write_account", "what its students' nats bought: results/laptop/ceiling.csv", False),
     "laptop-knows": (
         "laptop:measure_tasks",
-        "what SmolLM2-135M knows of twelve tasks: results/smollm2/tasks.csv",
+        "what SmolLM2-135M knows before training: results/smollm2/tasks.csv",
         False,
     ),
     "profile": ("profile:run", "train and measure profiles/NAME.yaml and judge C4 or C5 on it: results/NAME", True),
