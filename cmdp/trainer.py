@@ -11,6 +11,7 @@ import math
 import time
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -417,12 +418,15 @@ class CMDPTrainer(GRPOTrainer):
         """TRL's, and what was measured at the last step that was logged."""
         super().create_model_card(*args, **kwargs)
         logs = [row for row in self.state.log_history if "csr" in row]
-        if logs and self.is_world_process_zero():
-            shown = {**vars(self.args), **logs[-1]}
-            names = ("budget", "budget_form", "step", "csr", "task_reward", "cost/mean")
-            with open(f"{self.args.output_dir}/README.md", "a", encoding="utf-8") as card:
-                card.write("\n\n## Measured on training prompts\n\n| measure | value |\n|---|---|\n")
-                card.writelines(f"| {name} | {shown[name]} |\n" for name in names)
+        if self.is_world_process_zero():
+            path = Path(self.args.output_dir, "README.md")
+            card = path.read_text(encoding="utf-8").replace("[None](https://huggingface.co/None)", "a local model")
+            if logs:
+                shown = {**vars(self.args), **logs[-1]}
+                names = ("budget", "budget_form", "step", "csr", "task_reward", "cost/mean")
+                card += "\n\n## Measured on training prompts\n\n| measure | value |\n|---|---|\n"
+                card += "".join(f"| {name} | {shown[name]} |\n" for name in names)
+            path.write_text(card, encoding="utf-8")
 
     def _log(self, name: str, value: float) -> None:
         self._metrics["train" if self.model.training else "eval"][name].append(value)

@@ -236,6 +236,7 @@ def test_the_model_card_names_the_paper_and_what_was_measured(student, teacher, 
     trainer.create_model_card("student")
     card, log = (tmp_path / "README.md").read_text(), trainer.state.log_history[1]
     assert "trained with CMDP" in card
+    assert "None" not in card
     assert "papers/2509.22921" in card
     assert "Rethinking Large Language Model Distillation" in card
     assert not [word for word in ("DeepSeekMath", "shao2024", "2402.03300") if word in card]
