@@ -420,7 +420,9 @@ class CMDPTrainer(GRPOTrainer):
         logs = [row for row in self.state.log_history if "csr" in row]
         if self.is_world_process_zero():
             path = Path(self.args.output_dir, "README.md")
-            card = path.read_text(encoding="utf-8").replace("[None](https://huggingface.co/None)", "a local model")
+            card = path.read_text(encoding="utf-8")
+            card = card.replace("[None](https://huggingface.co/None)", "a local model")
+            card = card.replace('model="None"', f'model="{path.parent.name}"')
             if logs:
                 shown = {**vars(self.args), **logs[-1]}
                 names = ("budget", "budget_form", "step", "csr", "task_reward", "cost/mean")
