@@ -488,8 +488,8 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
         measured_by = storage.fingerprint({"asked": asked, "student": record["fingerprint"]}, [])
         if record.get("measured_by") == measured_by and (results / "completions" / run / f"{seed}.csv").is_file():
             continue
-        pair = load_trained(experiment, run, seed)
-        completions, positions = measure(experiment, pair, seed, problems)
+        completions, positions = measure(experiment, load_trained(experiment, run, seed), seed, problems)
+        release_memory()  # of both models, which no name holds
         texts = completions.query("decoding == 'sampled'")[["prompt", "completion"]]
         texts = texts.assign(prompt=[problems[index]["prompt"] for index in texts["prompt"]])  # what `judge` reads
         training = storage.read(folder / TRAINING).reindex(columns=[*LOGGED, *PHASES]).dropna(subset="csr")
@@ -506,7 +506,6 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
         storage.write_json(record["memory"], results / "memory" / run / f"{seed}.json")
         storage.write_json(record, folder / storage.RECORD)
         print(f"{run}, seed {seed}: weights in {folder}, completions in {results}/completions/{run}/{seed}.csv")
-        release_memory(pair)
     completions = gather(results, "completions")
     summary = summarise(completions, **vars(experiment.budget))
     means = summary.pivot(index="run", columns="measure", values="mean")[["accuracy", "csr", "cost", "kl_per_token"]]

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+import weakref
 from pathlib import Path
 
 import pandas as pd
@@ -243,6 +244,25 @@ def test_the_weights_of_a_parameter_file_are_not_trained_without_the_memory(smal
     with pytest.raises(SystemExit, match=r"Training would take .* GiB of memory and this device has .* generation"):
         command(monkeypatch, "train", "--config", str(small), "train.per_device_train_batch_size=100000000")
     assert not Path("models").exists()
+
+
+def test_the_models_of_a_measured_run_are_let_go_before_the_next_trains(small, monkeypatch):
+    load, start, measured, held = train.load_trained, train.train, [], []
+
+    def loaded(*arguments):
+        pair = load(*arguments)
+        measured.extend(map(weakref.ref, pair[:2]))
+        return pair
+
+    def begin(*arguments):
+        held.extend(model() for model in measured if model() is not None)
+        return start(*arguments)
+
+    monkeypatch.setattr(train, "load_trained", loaded)
+    monkeypatch.setattr(train, "train", begin)
+    train.run_all(train.read(small), ["sft"], [0, 1])
+    assert len(measured) == 4
+    assert not held
 
 
 def test_another_vocabulary_is_refused_before_weights_load(small, monkeypatch):
