@@ -355,6 +355,6 @@ def test_the_bar_shows_steps_csr_and_reward_on_a_terminal(own, monkeypatch, caps
     own("--reward", "rewards.py:ends", "--no_before")
     shown = capsys.readouterr().err
     assert "2/2" in shown
-    assert "sampled completions: 100%" in shown
+    assert "sampled completions: " in shown
     assert "csr=" in shown
     assert "task_reward=0." in shown

@@ -46,7 +46,7 @@ PUBLISHED = {
 PUBLISHED |= {f"{name}-Instruct": entry for name, entry in PUBLISHED.items() if "Math" in name}
 PUBLISHED["models/smollm2/base"] = PUBLISHED["HuggingFaceTB/SmolLM2-135M-Instruct"]  # from a GGUF file
 HARDWARE = {  # what each profile is for
-    "laptop": ("cpu", torch.float32, 16 * GIB),
+    "laptop": ("cpu", torch.bfloat16, 16 * GIB),
     "colab": ("cuda", torch.float16, 14.7 * GIB),
     "consumer-gpu": ("cuda", torch.bfloat16, 23.5 * GIB),
     "paper": ("cuda", torch.bfloat16, 79 * GIB),
