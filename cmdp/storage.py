@@ -154,8 +154,8 @@ def certify(checkpoint: Path) -> None:
 
 def complete(checkpoint: Path) -> bool:
     """Whether a checkpoint is as it was certified. One that was cut off, or damaged since, is deleted with a line."""
-    with contextlib.suppress(OSError, ValueError):
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        manifest = read(checkpoint / MANIFEST)
         if all(_sha256(checkpoint / name) == digest for name, digest in manifest.items()):
             return True
     print(f"{checkpoint} is not as it was written: it is dropped.")

@@ -15,6 +15,7 @@ from cmdp.storage import check_names, read, read_yaml, write_text
 EXPERIMENTS, PARAMS = Path("experiments.yaml"), Path("params.yaml")
 RESULTS, FIGURES = Path("results"), Path("figures")
 START, CHOSEN = RESULTS / "start", RESULTS / "chosen.yaml"
+TUNING = ("seeds", "samples", "trials", "further", "ladder", "csr", "start", "entries")
 # What a run of the study keeps of each completion; a default run keeps every column of `evaluation`.
 COLUMNS = ["seed", "prompt", "decoding", "correct", "valid", "tokens", "entropy", "cost", "peak"]
 
@@ -47,6 +48,14 @@ def sections(path: Path, *names: str) -> list[dict]:
     if missing := [name for name in names if not isinstance(content.get(name), dict)]:
         raise ValueError(f"{path} has no section {missing[0]!r}. It has: {', '.join(map(str, content))}.")
     return [content[name] for name in names]
+
+
+def tuning(path: Path = EXPERIMENTS) -> dict:
+    """The section `tuning`. Raises `ValueError` if it lacks one of `TUNING`."""
+    (found,) = sections(path, "tuning")
+    if missing := [name for name in TUNING if name not in found]:
+        raise ValueError(f"{path}: tuning has no {missing[0]}.")
+    return found
 
 
 def rows(path: Path = EXPERIMENTS, part: str | None = None) -> dict[str, Row]:
@@ -87,7 +96,7 @@ def gather(table: str, runs: dict[str, Row], root: Path = RESULTS / "runs") -> p
 
 def print_keys(part: str) -> None:
     """Print the runs of a part, or the entries of `tuning`, as a pattern, "sft|grpo|...", for parallel.sh and xargs."""
-    print("|".join(sections(EXPERIMENTS, "tuning")[0]["entries"] if part == "tuning" else rows(part=part)))
+    print("|".join(tuning()["entries"] if part == "tuning" else rows(part=part)))
 
 
 def shrink(folder: str) -> None:

@@ -23,6 +23,7 @@ from cmdp.train import (
     steps_to,
     train,
 )
+from replication import experiments
 from replication.experiments import CHOSEN, COLUMNS, EXPERIMENTS, PARAMS, RESULTS, START, row, sections
 
 MEASURES = {"accuracy": "correct", "csr": "satisfied", "cost": "cost"}  # of a trial, and their columns
@@ -140,7 +141,7 @@ def trial(name: str) -> None:
     Every entry has `trials` trials. The first takes each parameter's `start`; the next ones step from the best so far
     to its neighbours on each ladder (factors of `ladder`). While the best is at an edge, `further` ones go beyond it.
     """
-    (tuning,), (task, default) = sections(EXPERIMENTS, "tuning"), sections(PARAMS, "task", "budget")
+    tuning, (task, default) = experiments.tuning(), sections(PARAMS, "task", "budget")
     storage.check_names(name)
     if name not in tuning["entries"]:
         raise ValueError(f"{EXPERIMENTS} tunes no {name!r}, but {', '.join(tuning['entries'])}.")

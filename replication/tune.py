@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from cmdp.storage import read_yaml, write_table, write_text
+from cmdp.storage import write_table, write_text
+from replication import experiments
 from replication.experiments import EXPERIMENTS, RESULTS
 
 MEASURED = ["accuracy", "csr", "cost", "score"]
@@ -16,7 +17,7 @@ HEADER = "# Chosen from results/tuning.csv: what each run adds to `train` in par
 
 def write_choice(results: Path = RESULTS) -> None:
     """Choose every entry's best trial by its score, and for each role its best entry under the constraint."""
-    tuning = read_yaml(EXPERIMENTS)["tuning"]
+    tuning = experiments.tuning()
     entries, table = tuning["entries"], trials(results / "tuning", tuning)
     best = table.groupby("run", sort=False)["score"].idxmax()  # of equal ones the first
     write_table(table.assign(chosen=table.index.isin(best).astype(int)), results / "tuning.csv")
@@ -24,7 +25,7 @@ def write_choice(results: Path = RESULTS) -> None:
     for name, entry in entries.items():
         ladders = tuning["start"] | entry.get("start", {})
         runs[name] = entry["fixed"] | {key: float(chosen.loc[name, key]) for key in ladders}
-    runs |= {name: dict(runs[of]) for name, of in tuning["derived"].items()}
+    runs |= {name: dict(runs[of]) for name, of in tuning.get("derived", {}).items()}
     kept = under_constraint(chosen, tuning["csr"])
     methods = np.array([entries[run]["method"] for run in kept.index])
     leading = {role: kept[methods == method].idxmax() for role, method in ROLES.items()}

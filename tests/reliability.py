@@ -159,8 +159,8 @@ def watch(at: int | None = None, cut: bool = False, log: Path | None = None):
             nonlocal count, last
             if event not in CHANGES or not isinstance(arguments[0], (str, os.PathLike)):
                 return
-            if event == "open" and not arguments[2] & WRITING:
-                return
+            if event == "open" and (not arguments[2] & WRITING or arguments[2] & os.O_TMPFILE == os.O_TMPFILE):
+                return  # reads, and files without a name
             path = os.path.abspath(os.fspath(arguments[0]))
             fails = event != "open" and os.path.lexists(path) == (event == "os.mkdir")
             if fails or not path.startswith(root):
@@ -571,4 +571,5 @@ def main(sparser: int = 1) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also in the background, where a shell ignores it
     main(*map(int, sys.argv[1:]))

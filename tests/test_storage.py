@@ -90,8 +90,10 @@ def test_a_checkpoint_cut_off_in_writing_is_dropped_and_the_one_before_serves(ca
         lambda path, content: path.write_bytes(b""),
         lambda path, content: path.write_bytes(content[: len(content) // 2]),
         lambda path, content: path.write_bytes(bytes([content[0] ^ 64]) + content[1:]),
+        lambda path, content: path.write_bytes(b"[1]"),
+        lambda path, content: path.write_bytes(b'{"trainer_state.json": 1}'),
     ],
-    ids=["deleted", "empty", "half", "a bit flipped"],
+    ids=["deleted", "empty", "half", "a bit flipped", "a list", "other content"],
 )
 def test_a_damaged_checkpoint_is_dropped(name, damage):
     folder, _ = storage.checkpoint_folder("run", "one")

@@ -185,6 +185,13 @@ def test_a_start_model_is_trained_on_solutions(logging_steps):
     assert not list(Path("checkpoints").rglob("checkpoint-*"))
 
 
+def test_a_cut_table_of_tuning_is_said_in_one_line():
+    tuning = {name: value for name, value in EXPERIMENTS["tuning"].items() if name != "start"}
+    Path("experiments.yaml").write_text(yaml.safe_dump({"tuning": tuning}))
+    with pytest.raises(ValueError, match=r"experiments\.yaml: tuning has no start"):
+        run.trial("cmdp")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

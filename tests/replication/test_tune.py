@@ -20,7 +20,8 @@ ENTRIES = {
     "cmdp-by-token": {"method": "cmdp", "fixed": {"credit": "return_to_go"}, "start": {"lam": 1.0}},
     "cmdp-chance": {"method": "cmdp-chance", "fixed": {}},
 }
-TUNING = {"seeds": [1, 2], "trials": 3, "further": 1, "csr": 0.95, "start": {"learning_rate": 0.1}}
+TUNING = {"seeds": [1, 2], "samples": 1, "trials": 3, "further": 1, "ladder": 10.0, "csr": 0.95}
+TUNING |= {"start": {"learning_rate": 0.1}}
 TUNING |= {"derived": {"trl-grpo": "grpo"}}
 FOUND = {  # accuracy and CSR of each trial; the score is the accuracy, but for cmdp's
     "grpo": [(0.4, 0.1), (0.9, 0.1), (0.8, 0.1)],
