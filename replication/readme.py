@@ -132,6 +132,17 @@ def rebuilt_table(results: Path) -> str:
     )
 
 
+def benchmark_table(results: Path) -> str:
+    """The time of a training step next to that of TRL's trainers: a row per ratio, a column per size."""
+    tables, made = {}, pd.DataFrame()
+    for size in ("default", "large-vocabulary"):
+        made = pd.read_csv(results / "benchmark" / f"{size}.csv").query("phase == 'step' and unit == 'ratio'")
+        tables[size] = made.set_index("trainer")[["median", "low", "high"]].apply(spelled, axis=1, spec=".2f", scale=1)
+    titles = {"trainer": "time of a step"} | {size: size.replace("-", " ") for size in tables}
+    shown = markdown(pd.DataFrame(tables).reset_index(), titles)
+    return f"{shown}\n\nMedian and its 95 % interval; {made['device'].iloc[0]}."
+
+
 def theory_table(results: Path) -> str:
     """Learners on token trees against the exact optimum: a row per method, with 95 % intervals."""
     names = {"soft optimum, never": "*soft Lagrangian, best λ per tree, exact*"} | {
@@ -215,6 +226,7 @@ FILES: dict[str, dict[str, Callable[[Path], str]]] = {
         "rebuilt": rebuilt_table,
         "equal": equal_table,
         "claims": claims_table,
+        "benchmark": benchmark_table,
     },
     "docs/theory.md": {"theory": theory_table},
     "docs/models.md": {
