@@ -159,9 +159,9 @@ def watch(at: int | None = None, cut: bool = False, log: Path | None = None):
             nonlocal count, last
             if event not in CHANGES or not isinstance(arguments[0], (str, os.PathLike)):
                 return
-            if event == "open" and (not arguments[2] & WRITING or arguments[2] & os.O_TMPFILE == os.O_TMPFILE):
-                return  # reads, and files without a name
             path = os.path.abspath(os.fspath(arguments[0]))
+            if event == "open" and (not arguments[2] & WRITING or os.path.isdir(path)):
+                return  # reads, and files without a name in a folder
             fails = event != "open" and os.path.lexists(path) == (event == "os.mkdir")
             if fails or not path.startswith(root):
                 return
