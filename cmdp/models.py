@@ -112,6 +112,14 @@ def pick_dtype(device: torch.device, bf16: bool = False) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
+def keep_packing(model: torch.nn.Module) -> None:
+    """Leave 4-bit weights as they are packed. On a CPU with bfloat16 bitsandbytes would repack them in place, though
+    two models may share them, and fails at widths that are no multiple of 64."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def load(spec: ModelSpec, kind, **options):
     """What `kind.from_pretrained` loads of a spec's model. Raises `FileNotFoundError` if there is no such model and
     `ValueError` if it cannot be read, in one line."""
@@ -139,9 +147,7 @@ def load_base(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> PreT
     model, info = load(spec, AutoModelForCausalLM, output_loading_info=True, **options)
     if unpacked and hasattr(model, "hf_quantizer"):  # as if it had never been packed
         model.hf_quantizer.remove_quantization_config(model)
-    for module in model.modules():  # no repacking in place of weights that two models may share, on such CPUs
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    keep_packing(model)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"The weights of {spec.model} lack {missing[0]} and {len(missing) - 1} more: get them again.")
     return model
@@ -229,6 +235,7 @@ def load_teacher(teacher: PreTrainedModel | str, student, config) -> tuple[PreTr
         model = create_model_from_path(teacher, AutoModelForCausalLM, **options) if named else without_peft(teacher)
     except OSError as error:
         raise FileNotFoundError(f"There is no teacher {teacher}: {str(error).splitlines()[0]}") from error
+    keep_packing(model)
     return model, compared
 
 

@@ -72,8 +72,9 @@ def test_a_teacher_is_loaded_in_the_dtype_of_its_files(student, teacher, tokeniz
     assert not any(p.requires_grad for p in trainer.teacher.parameters())
 
 
-def test_a_quantised_teacher_and_its_configuration_in_the_trackers_format(student, tokenizer, tmp_path):
-    name = saved(make_model(tokenizer, seed=1, hidden=64), tmp_path / "teacher", tokenizer)
+@pytest.mark.parametrize("hidden", [64, 96])
+def test_a_quantised_teacher_and_its_configuration_in_the_trackers_format(student, tokenizer, tmp_path, hidden):
+    name = saved(make_model(tokenizer, seed=1, hidden=hidden), tmp_path / "teacher", tokenizer)
     four_bit = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}
     args = config(tmp_path / "out", teacher_model_init_kwargs=four_bit)
     assert json.loads(args.to_json_string())["teacher_model_init_kwargs"]["quantization_config"]["load_in_4bit"]
