@@ -426,14 +426,14 @@ def fit(experiment: Experiment, run: str) -> dict[str, Any]:
 
     settings, specs = experiment.settings(run, 0), (experiment.student, experiment.teacher)
     shared_tokenizer(*specs)  # raises if no divergence is defined
-    where = device_settings(settings)
-    device = pick_device(where["use_cpu"])
+    device = pick_device(settings.get("use_cpu", False))
+    dtype = pick_dtype(device, settings.get("bf16", False))
     if not (longest := experiment.task.get("prompt_length")):
         raise ValueError("task.prompt_length is missing: memory is summed for prompts of so many tokens.")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     available = device_memory(device)
-    items = memory_sum(*specs, settings, longest, device.type, pick_dtype(device, where["bf16"]), available)
+    items = memory_sum(*specs, settings, longest, device.type, dtype, available)
     check_memory(items, available)
     return {"device": device_name(device), "threads": torch.get_num_threads(), "summed_gib": peak(items) / GIB}
 
@@ -448,23 +448,17 @@ def load_trained(experiment: Experiment, run: str, seed: int, folder: Path | Non
     return load_pair(student, experiment.teacher, **device_settings(experiment.train))
 
 
-def measure(experiment: Experiment, pair: tuple, seed: int, problems: list[dict] | None = None, **changes) -> tuple:
-    """(completions, positions) of one (student, teacher, tokenizer), as `evaluation.evaluate` gives them.
-
-    Args:
-        problems: those of the experiment's `evaluate` section unless given.
-        changes: of `evaluate`'s arguments `samples`, `max_completion_length`, `greedy`.
-    """
+def measure(experiment: Experiment, pair: tuple, seed: int, problems: list[dict], **changes) -> tuple:
+    """(completions, positions) of one (student, teacher, tokenizer) on `problems`, as `evaluation.evaluate` gives them.
+    `changes` are of its arguments `samples`, `max_completion_length`, `greedy`."""
     import torch
 
     from cmdp.evaluation import evaluate
 
-    settings, (student, _, tokenizer) = experiment.evaluate, pair
-    problems = problems or experiment.evaluated(tokenizer)
+    settings, device, task = experiment.evaluate, pair[0].device, load_task(experiment.task["name"])
     arguments = {"samples": settings.samples, "greedy": settings.greedy, "batch_size": settings.batch_size}
     arguments["max_completion_length"] = experiment.train.get("max_completion_length", 256)
-    device, task = student.device, load_task(experiment.task["name"])
-    dtype = pick_dtype(device, device_settings(experiment.train)["bf16"])
+    dtype = pick_dtype(device, experiment.train.get("bf16", False))
     # as in training: float32 weights compute in the device's dtype
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         return evaluate(*pair, task, problems, seed=seed, **arguments | changes)

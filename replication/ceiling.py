@@ -121,10 +121,15 @@ def accounts(completions: pd.DataFrame, budgets: dict[str, float]) -> pd.DataFra
         a, row = cells(table, "right"), {"run": run, "budget": budgets[run]}
         row["accuracy"], row["low"], row["high"] = interval(a)
         found = account(a, np.broadcast_to(q, a.shape), cells(table, "cost"))
-        most = at_mean_cost(q, found["cost"])
-        row |= {"cost": found["cost"], "ceiling": most, "share": row["accuracy"] / most, "useful": found["useful"]}
-        rows.append(row | {"wasted": found["wasted"], "csr": table["satisfied"].mean(), "seeds": len(a)})
+        row |= of_ceiling(row["accuracy"], q, found["cost"]) | {name: found[name] for name in ("useful", "wasted")}
+        rows.append(row | {"csr": table["satisfied"].mean(), "seeds": len(a)})
     return pd.DataFrame(rows)
+
+
+def of_ceiling(accuracy: float, q: np.ndarray, cost: float) -> dict[str, float]:
+    """A mean `cost` in nats, the ceiling there, and the accuracy as a share of it."""
+    most = at_mean_cost(q, cost)
+    return {"cost": cost, "ceiling": most, "share": accuracy / most}
 
 
 def at_mean_cost(q: np.ndarray, cost: float) -> float:

@@ -23,7 +23,7 @@ from cmdp import storage
 from cmdp.ceiling import account
 from cmdp.models import ModelSpec, lora_config, pick_device, pick_dtype
 from cmdp.tasks.arithmetic import apply
-from replication.ceiling import at_mean_cost, prices
+from replication.ceiling import of_ceiling, prices
 
 PROFILE, PROBLEMS, START = Path("profiles/laptop.yaml"), Path("problems/laptop"), Path("results/smollm2")
 RESULTS = Path("results/laptop")
@@ -170,8 +170,8 @@ def write_account() -> None:
     for run, table in gather(RESULTS, "completions").query("decoding == 'sampled'").groupby("run"):
         found = table.groupby("prompt")[["correct", "cost"]].mean()
         spent = account(found["correct"].to_numpy(), q, found["cost"].to_numpy())
-        most, accuracy = at_mean_cost(q, spent["cost"]), found["correct"].mean()
-        row = {"run": run, "accuracy": accuracy, "cost": spent["cost"], "ceiling": most, "share": accuracy / most}
+        row = {"run": run, "accuracy": found["correct"].mean()}
+        row |= of_ceiling(row["accuracy"], q, spent["cost"])
         rows.append(row | {"useful_at_least": spent["useful_at_least"]})
     storage.write_table(pd.DataFrame(rows), RESULTS / "ceiling.csv")
     print(f"{RESULTS / 'ceiling.csv'}: {len(rows)} runs")

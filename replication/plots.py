@@ -28,7 +28,7 @@ STYLES, TEXTS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(enc
 SOFT = "gkd-grpo"
 OUTLINED = ("trl-grpo", "trl-gkd")  # drawn as outlines: they come close to grpo and gkd
 TRACED = ("sft", "grpo", "gkd", "cmdp", "cmdp-hinge", "cmdp-chance", "dual")  # where all would be too many
-EDGES = 15  # points: an ablation that changes more is a number at the edge
+WIDEST = 15  # points: an ablation that changes more is a number at the edge
 FEW = 30  # completions: a share of fewer is not drawn
 EDGE = {"markeredgecolor": "black", "markeredgewidth": 1.2}
 DASHED = {"color": "black", "linestyle": "--", "linewidth": 1}
@@ -306,10 +306,10 @@ def ablations(table: pd.DataFrame, style: Style, runs: dict[str, Row]) -> plt.Fi
         for run, look, own in _by_run(table[table["measure"] == measure], style):
             place, difference = [*labels].index(run), 100 * own["difference"].iloc[0]
             _point(axes, run, look, 100 * own[["difference", "low", "high"]].T, place)
-            if abs(difference) > EDGES:  # it would flatten all others
+            if abs(difference) > WIDEST:  # it would flatten all others
                 side = "left" if difference < 0 else "right"
-                axes.text(math.copysign(0.95 * EDGES, difference), place, f"{difference:+.0f}", ha=side, va="center")
-        axes.set_xlim(-EDGES, EDGES)
+                axes.text(math.copysign(0.95 * WIDEST, difference), place, f"{difference:+.0f}", ha=side, va="center")
+        axes.set_xlim(-WIDEST, WIDEST)
         for method, place in places.items():
             _point(axes, method, style[method], 0, place, markeredgecolor="black")
             figure.axes[0].get_yticklabels()[place].set_fontweight("bold")

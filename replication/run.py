@@ -58,11 +58,9 @@ def learn(model, tokenizer, texts: list[tuple[str, str]], name: str, made_from: 
 
     made_by = storage.fingerprint(made_from | {"settings": settings, "texts": texts}, [])
     checkpoints, resume = storage.checkpoint_folder(name, made_by)
-    ids = zip(
-        *(tokenizer(list(column), add_special_tokens=False).input_ids for column in zip(*texts, strict=True)),
-        strict=True,
-    )
-    end = [tokenizer.eos_token_id]
+    columns = zip(*texts, strict=True)
+    prompts, answers = (tokenizer([*column], add_special_tokens=False).input_ids for column in columns)
+    ids, end = zip(prompts, answers, strict=True), [tokenizer.eos_token_id]
     rows = ({"input_ids": p + s + end, "completion_mask": [0] * len(p) + [1] * (len(s) + 1)} for p, s in ids)
     fixed = {"packing": False, "gradient_checkpointing": False, "report_to": [], "disable_tqdm": True}
     args = SFTConfig(output_dir=str(checkpoints), **fixed, **settings)

@@ -138,7 +138,8 @@ def train(name: str, folder: Path) -> dict:
         student = cmdp.train.train(experiment, "soft", 0)
         allocated = torch.cuda.max_memory_allocated()
         torch.cuda.empty_cache()
-        completions, _ = cmdp.train.measure(experiment, cmdp.train.load_trained(experiment, "soft", 0), 0)
+        pair = cmdp.train.load_trained(experiment, "soft", 0)
+        completions, _ = cmdp.train.measure(experiment, pair, 0, experiment.evaluated(pair[-1]))
     memory = json.loads((student / "cmdp.json").read_text())["memory"]
     log = pd.read_csv(student / "training.csv")
     second = log[log["csr"].notna()].iloc[-1]

@@ -115,7 +115,7 @@ def test_a_cpu_trains_and_measures_in_bfloat16_where_settings_ask_for_it(small, 
         }
         assert held == {True: {"torch.float32"}, False: {f"torch.{name}"}}
         assert {str(x.dtype) for x in pair[1].parameters()} == {f"torch.{name}"}
-        completions, _ = train.measure(found, pair, 0)
+        completions, _ = train.measure(found, pair, 0, found.evaluated(pair[-1]))
         assert completions["cost"].between(0, 100).all()
         log = pd.read_csv(found.folder("cmdp", 0) / train.TRAINING)
         assert log["grad_norm"].dropna().gt(0).all()
