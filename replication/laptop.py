@@ -38,7 +38,7 @@ THINGS = ("coins", "books", "cards", "shells", "stamps", "apples", "pens", "marb
 SAID = {"+": ("finds {} more", "gets {} more", "buys {} more"), "-": ("loses {}", "sells {}", "gives away {}")}
 SAID["*"] = ("makes it {} times as many",)
 # Start adapters, trained on the split `supervised`: rows from its head, passes over them, and the seed of the order
-ROLES = {"teacher": (12000, 1, 0), "student": (4000, 1, 1)}
+ROLES = {"teacher": (12000, 1, 0), "student": (12000, 1, 1)}
 LORA = {"r": 8, "alpha": 16, "dropout": 0.0, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 SUPERVISED = {"per_device_train_batch_size": 32, "learning_rate": 2e-3, "lr_scheduler_type": "cosine"}
 SUPERVISED |= {"warmup_steps": 10, "max_grad_norm": 1.0, "logging_steps": 25, "save_steps": 100, "save_total_limit": 1}

@@ -29,6 +29,7 @@ CHECKS = {  # a name: the profile, the dtype where it is not the device's own, a
     "colab, fp16": ("colab", torch.float16, [SHORT]),
     "colab, 4-bit teacher": ("colab", None, [SHORT, "teacher.four_bit=true"]),
     "colab, 4-bit student, fp16": ("colab", torch.float16, [SHORT, "student.four_bit=true"]),
+    "gsm8k": ("gsm8k", None, []),
     "consumer-gpu": ("consumer-gpu", None, []),
     "paper, without vLLM": ("paper", None, ["train.use_vllm=false", "train.max_completion_length=512"]),
 }

@@ -48,6 +48,7 @@ PUBLISHED["models/smollm2/base"] = PUBLISHED["HuggingFaceTB/SmolLM2-135M-Instruc
 HARDWARE = {  # what each profile is for
     "laptop": ("cpu", torch.bfloat16, 16 * GIB),
     "colab": ("cuda", torch.float16, 14.7 * GIB),
+    "gsm8k": ("cuda", torch.float16, 14.7 * GIB),
     "consumer-gpu": ("cuda", torch.bfloat16, 23.5 * GIB),
     "paper": ("cuda", torch.bfloat16, 79 * GIB),
 }
