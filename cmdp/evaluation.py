@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from cmdp.divergence import divergence_from_hidden, lm_head, score_in_tiles
-from cmdp.models import positions, tokenise, without_peft
+from cmdp.models import positions, tokenise, whole_states, without_peft
 from cmdp.reward import cumulative_cost
 from cmdp.tasks import reward
 
@@ -87,7 +87,8 @@ def generate(student, tokenizer, prompts: list[str], sample: bool, max_completio
     config = GenerationConfig(max_new_tokens=max_completion_length, **sampling, **tokens)
     student.generation_config = GenerationConfig()  # it would fill in what `config` leaves open
     try:
-        ids = student.generate(encoded.input_ids, attention_mask=encoded.attention_mask, generation_config=config)
+        with whole_states(student):
+            ids = student.generate(encoded.input_ids, attention_mask=encoded.attention_mask, generation_config=config)
     finally:
         student.generation_config = own
     completion_ids = ids[:, encoded.input_ids.shape[1] :]

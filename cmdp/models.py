@@ -5,6 +5,7 @@ Weights are read and written as safetensors (or read as GGUF) only, and no code 
 What the Hub is asked for follows HF_HUB_OFFLINE.
 """
 
+import contextlib
 import copy
 import inspect
 import os
@@ -274,6 +275,17 @@ def load_pair(
 def without_peft(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model that a `PeftModel` wraps, with its adapters; any other model as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextlib.contextmanager
+def whole_states(model: torch.nn.Module):
+    """While a model generates, let its head read contiguous states: of a slice, the last position of a prompt, a CPU
+    multiplies with a copy of a frozen head for each row."""
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def positions(model: PreTrainedModel, attention: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -43,6 +43,13 @@ def read(path: Path, **options) -> dict | pd.DataFrame:
         return dict(json.loads(path.read_bytes())) if path.suffix == ".json" else pd.read_csv(path, **options)
 
 
+def read_runs(folder: Path) -> pd.DataFrame:
+    """One table of all runs and seeds in `folder`: RUN/SEED.csv. Raises `FileNotFoundError` if it has none."""
+    if not (paths := sorted(folder.glob("*/*.csv"))):
+        raise FileNotFoundError(f"There is no result in {folder}: train first.")
+    return pd.concat(map(read, paths), ignore_index=True)
+
+
 def read_record(folder: Path) -> dict:
     """What cmdp.json says of the student in `folder`. Raises `FileNotFoundError` if there is none."""
     if not (folder / RECORD).is_file():

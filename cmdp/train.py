@@ -500,11 +500,12 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
         storage.write_json(record["memory"], results / "memory" / run / f"{seed}.json")
         storage.write_json(record, folder / storage.RECORD)
         print(f"{run}, seed {seed}: weights in {folder}, completions in {results}/completions/{run}/{seed}.csv")
-    completions = gather(results, "completions")
+    completions = storage.read_runs(results / "completions")
     summary = summarise(completions, **vars(experiment.budget))
     means = summary.pivot(index="run", columns="measure", values="mean")[["accuracy", "csr", "cost", "kl_per_token"]]
     storage.write_table(summary, results / "summary.csv")
-    times = gather(results, "training").reindex(columns=["run", *PHASES]).groupby("run", sort=False).median()
+    times = storage.read_runs(results / "training").reindex(columns=["run", *PHASES])
+    times = times.groupby("run", sort=False).median()
     storage.write_table(times.reset_index(), results / "timing.csv")
     storage.write_json(storage.provenance() | {"device": record["memory"]["device"]}, results / "provenance.json")
     storage.write_text(yaml.safe_dump(dataclasses.asdict(experiment), sort_keys=False), results / "profile.yaml")
@@ -541,11 +542,6 @@ def shown(table: pd.DataFrame, completions: pd.DataFrame) -> str:
     """A table as it is printed."""
     name = named_by(completions)
     return table.rename(index=name, columns=name).to_string(float_format="{:.3f}".format)
-
-
-def gather(results: Path, table: str) -> pd.DataFrame:
-    """One table of all runs and seeds measured so far."""
-    return pd.concat(map(storage.read, sorted((results / table).glob("*/*.csv"))), ignore_index=True)
 
 
 @contextlib.contextmanager

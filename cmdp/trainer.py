@@ -24,7 +24,7 @@ from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 from cmdp import divergence as divergences
 from cmdp import reward as rewards
 from cmdp.divergence import EXACT, SAMPLED, Head, lm_head
-from cmdp.models import check_heads, load_teacher, positions, tokenise, without_peft
+from cmdp.models import check_heads, load_teacher, positions, tokenise, whole_states, without_peft
 from cmdp.reward import CREDITS, FORMS, cumulative_cost, trajectory_budget
 
 CHOICES = {
@@ -261,7 +261,8 @@ class CMDPTrainer(GRPOTrainer):
 
     def _generate(self, prompts):
         start = time.perf_counter()
-        generated = super()._generate(prompts)
+        with whole_states(self.accelerator.unwrap_model(self.model)):
+            generated = super()._generate(prompts)
         self._generation_time = time.perf_counter() - start
         return generated
 

@@ -164,10 +164,8 @@ def write_ceiling() -> None:
 def write_account() -> None:
     """What each student made of its nats: results/laptop/ceiling.csv, the ceiling at its mean cost, its accuracy as a
     share of that, and the nats that its accuracy takes at least."""
-    from cmdp.train import gather
-
     q, rows = pd.read_csv(START / "chains.csv").prod(axis=1).to_numpy(), []
-    for run, table in gather(RESULTS, "completions").query("decoding == 'sampled'").groupby("run"):
+    for run, table in storage.read_runs(RESULTS / "completions").query("decoding == 'sampled'").groupby("run"):
         found = table.groupby("prompt")[["correct", "cost"]].mean()
         spent = account(found["correct"].to_numpy(), q, found["cost"].to_numpy())
         row = {"run": run, "accuracy": found["correct"].mean()}

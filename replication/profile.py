@@ -10,7 +10,7 @@ import pandas as pd
 
 from cmdp import train
 from cmdp.statistics import cells, interval, with_budget
-from cmdp.storage import write_table
+from cmdp.storage import read_runs, write_table
 from replication.claims import CLAIMS, NO, OPEN, UNTESTED, YES, gain, points, share
 from replication.tables import difference
 
@@ -24,7 +24,7 @@ def run(name: str) -> None:
     experiment = train.read(Path("profiles") / f"{name}.yaml")
     train.run_all(experiment, [*experiment.runs], experiment.seeds)
     folder = train.RESULTS / experiment.name
-    table = judged(experiment, train.gather(folder, "completions"))
+    table = judged(experiment, read_runs(folder / "completions"))
     write_table(table, folder / "claims.csv")
     print(table.to_string(index=False))
 

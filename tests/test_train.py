@@ -18,6 +18,7 @@ from test_models import write_model
 from cmdp import cli, train
 from cmdp.methods import METHODS
 from cmdp.models import build_model, build_tokenizer, load_tokenizer
+from cmdp.storage import read_runs
 from cmdp.tasks import arithmetic
 
 ROOT = Path(__file__).parents[1]
@@ -76,7 +77,7 @@ def test_a_whole_experiment_runs_from_the_command_line(small, monkeypatch, capsy
             assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "cmdp.json"} <= files
             assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]
             assert len(pd.read_csv(f"results/small/completions/{run}/{seed}.csv")) == 3 * (2 + 1)
-    assert len(train.gather(Path("results/small"), "training").query("run == 'cmdp'")) == 2 * 4
+    assert len(read_runs(Path("results/small/training")).query("run == 'cmdp'")) == 2 * 4
     memory = json.loads(Path("results/small/memory/cmdp/0.json").read_text())
     assert 0 < memory["summed_gib"] < 2
     assert memory["taken_gib"] > 0
