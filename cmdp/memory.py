@@ -20,9 +20,10 @@ GIB = 2**30
 FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
 OVERHEAD = {"cuda": 1.0 * GIB, "cpu": 0.7 * GIB}  # CUDA context, workspaces, fragmentation; or Python's libraries
 TILE = (4096, 32768)  # tokens by vocabulary of TRL's kernels, in float32
-# Tiles at a time, and activations by what autograd saves: a CPU's steps copy; fitted to the peaks of two processes
+# Tiles at a time, and activations by what autograd saves; fitted to the peaks of three processes. On a CPU by the bytes
+# of its dtype: what is freed in between is hardly used again, the less the smaller the pieces.
 TILES = {"cuda": 3, "cpu": 8}
-KEPT = {"cuda": 1.0, "cpu": 1.5}
+KEPT = {"cuda": 1.0, 4: 1.5, 2: 1.9}
 PHASES = ("generation", "scoring", "update")
 
 
@@ -64,7 +65,8 @@ def memory_sum(
         items["vLLM's share of the device"] = get("vllm_gpu_memory_utilization", 0.3) * available
     items["rollouts: teacher's hidden states"] = rollouts * length * teacher_config.get_text_config().hidden_size * size
 
-    one, two = (_activations(config, student, count, batch, tokens, dtype) for count in (1, 2))
+    passed = torch.float32 if student.four_bit else dtype  # between layers: a 4-bit model's norms are in float32
+    one, two = (_activations(config, student, count, batch, tokens, passed) for count in (1, 2))
     layer, other = two - one, max(2 * one - two, 0)
     kept = layer * (layers + 1)  # and the gradients of the layer that is being differentiated
     if get("gradient_checkpointing"):
@@ -72,10 +74,12 @@ def memory_sum(
     tile = 4 * min(batch * length, TILE[0]) * min(vocabulary, TILE[1])
     packed = _packed(model) * student.four_bit + _packed(teacher_model) * teacher.four_bit
     for phase, amount in (("scoring", layer), ("update", kept + other)):
-        items[f"{phase}: activations"] = amount * KEPT[device]
+        items[f"{phase}: activations"] = amount * KEPT[device if device == "cuda" else size]
         items[f"{phase}: logits of both models, in tiles"] = tile * TILES[device]
         if packed:
             items[f"{phase}: a 4-bit layer, unpacked"] = max(packed) * size
+        if student.four_bit:
+            items[f"{phase}: the head in the computing dtype"] = vocabulary * text.hidden_size * size
     if not lora and size < 4:
         items["update: weights in the computing dtype"] = trained * size
     return items | {"process": OVERHEAD[device]}

@@ -14,6 +14,7 @@ import json
 import math
 import random
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -121,6 +122,7 @@ def start(role: str) -> None:
     from peft import get_peft_model
     from transformers import set_seed
 
+    from cmdp.memory import device_name
     from cmdp.models import load_base, load_tokenizer
     from replication.run import learn
 
@@ -143,6 +145,28 @@ def start(role: str) -> None:
         model.save_pretrained(folder)
         (folder / "README.md").unlink()  # an empty form
     storage.drop(checkpoints)
+    note(role, device=device_name(device))
+
+
+def keep(run: str) -> None:
+    """Keep the adapter that a run trained with seed 0, rounded to bfloat16: results/smollm2/RUN."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    trained, name = Path("models", PROFILE.stem, run, "0"), "adapter_model.safetensors"
+    record = storage.read_record(trained)
+    with storage.whole(START / run) as folder, storage.named(folder):
+        weights = {key: value.to(torch.bfloat16) for key, value in load_file(trained / name).items()}
+        save_file(weights, folder / name, metadata={"format": "pt"})
+        shutil.copy(trained / "adapter_config.json", folder)
+    note(run, **record["provenance"], device=record["memory"]["device"])
+
+
+def note(*names: str, **made_by) -> None:
+    """Say in results/smollm2/provenance.json what files there were made by: this code and machine, unless told."""
+    path = START / "provenance.json"
+    known = storage.read(path) if path.is_file() else {}
+    storage.write_json(known | dict.fromkeys(names, storage.provenance() | made_by), path)
 
 
 # ---- what a budget can buy ----
@@ -151,6 +175,7 @@ def start(role: str) -> None:
 def write_ceiling() -> None:
     """What each budget buys on the prompts that the profile evaluates, exactly: results/smollm2/ceiling.csv, and the
     chains that it follows from, results/smollm2/chains.csv: the teacher's probability of each step's right line."""
+    from cmdp.memory import device_name
     from cmdp.models import load_pair
     from cmdp.train import read
 
@@ -159,6 +184,7 @@ def write_ceiling() -> None:
     p = pd.DataFrame(chances(experiment, teacher, tokenizer))
     storage.write_table(p, START / "chains.csv")
     storage.write_table(prices(p.to_numpy()), START / "ceiling.csv")
+    note("chains.csv", "ceiling.csv", device=device_name(teacher.device))
 
 
 def write_account() -> None:
@@ -231,6 +257,7 @@ def measure_tasks(count: int = 100, samples: int = 4) -> None:
     """Measure what the base model knows: results/smollm2/tasks.csv, a row per task, greedy accuracy and that of
     `samples` completions per problem at temperature 1. Right is a completion whose last number is the answer."""
     from cmdp.evaluation import evaluate
+    from cmdp.memory import device_name
     from cmdp.models import load_base, load_tokenizer
 
     def is_correct(completion: str, answer: str) -> bool:
@@ -251,3 +278,4 @@ def measure_tasks(count: int = 100, samples: int = 4) -> None:
         means = found.groupby(found["prompt"] // count)[["correct", "tokens"]].mean()
         table[[decoding, f"{decoding}_tokens"]] = means.to_numpy()
     storage.write_table(table.reset_index(), START / "tasks.csv")
+    note("tasks.csv", device=device_name(device))

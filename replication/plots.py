@@ -1,4 +1,4 @@
-"""Figures of the default experiment and of the study, from results files alone; plots.yaml has their looks and words.
+"""Figures of the default experiment, the study and the laptop's, from results files alone; plots.yaml has their looks.
 
 A run looks like its method in all of them; the soft Lagrangians share a hue, darker with lambda. Methods that know the
 budget have dashed lines and black edges. Bars are 95 % intervals; those of differences hold for all runs of a panel.
@@ -17,9 +17,9 @@ import yaml
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from cmdp.storage import read_yaml, whole
+from cmdp.storage import read_runs, read_yaml, whole
 from replication.experiments import EXPERIMENTS, FIGURES, PARAMS, RESULTS, Row, rows
-from replication.tables import BUDGET_FREE, COMPARED, by_name, read_completions, soft_lambdas
+from replication.tables import BUDGET_FREE, COMPARED, by_name, of_profile, read_completions, soft_lambdas
 from replication.tables import frontier as points_by_budget
 from replication.tables import points as shown_as
 
@@ -53,16 +53,17 @@ def looks(runs: dict[str, Row], lambdas: dict[str, float]) -> Style:
 
 
 def draw(subject: str, results: Path = RESULTS, folder: Path = FIGURES) -> None:
-    """Draw the figures of `subject`, default, study or theory, into its folder of `folder`, replaced as a whole. Raises
-    `ValueError` for another subject, `FileNotFoundError` where a table or a run is not in `results`."""
+    """Draw the figures of `subject` (default, study, theory, laptop) into its folder of `folder`, replaced as a whole.
+    Raises `ValueError` for another subject, `FileNotFoundError` where a table or a run is not in `results`."""
     from replication.theory.plots import draw_all as draw_theory  # which imports this module's style
 
     if subject == "theory":
         return draw_theory(results / "theory", folder / "theory")
-    if subject not in ("default", "study"):
-        raise ValueError(f"There are figures of default, study, theory, not of {subject!r}.")
+    if subject not in ("default", "study", "laptop"):
+        raise ValueError(f"There are figures of default, study, theory and laptop, not of {subject!r}.")
     with whole(folder / subject) as made, sns.axes_style("whitegrid"), sns.plotting_context("paper", font_scale=1.1):
-        for name, figure in figures(subject, results).items():
+        drawn = laptop_figures(results) if subject == "laptop" else figures(subject, results)
+        for name, figure in drawn.items():
             save(figure, made, name)
 
 
@@ -78,23 +79,35 @@ def figures(subject: str, results: Path) -> dict[str, plt.Figure]:
     target, part = read_yaml(EXPERIMENTS)["claims"]["target"], None if subject == "study" else subject
     style = looks(table, soft_lambdas(table, read_yaml(results / "chosen.yaml")["runs"]))
     runs, sampled = by_name(rows(part=part)), read_completions(results, part).query("decoding == 'sampled'")
-    first = ceiling(kept(sampled, runs, target), read("prices"), style, budget, target)
     if subject == "default":
-        return {
-            "ceiling": first,
-            "frontier": frontier(points_by_budget(sampled, runs, budget), style, target),
-            "cost_by_position": cost_by_position(read("positions"), style, budget),
-            "cost_distribution": cost_distribution(sampled, style, budget, target),
-            "training": training(read("curves"), style),
-        }
+        return of_one(sampled, runs, read("prices"), read("positions"), read("curves"), style, budget, target)
     return {
-        "ceiling": first,
+        "ceiling": ceiling(kept(sampled, runs, target), read("prices"), style, budget, target),
         "frontier": frontier(read("study/frontier"), style, target),
         "equal_csr": equal_csr(read("study/equal_csr"), style),
         "nats": nats(read("ceiling"), style, runs),
         "ablations": ablations(read("study/ablations"), style, runs),
         "capacity": capacity(read("study/summary"), style, runs, target),
         "violation": violation(read("study/violation"), style),
+    }
+
+
+def laptop_figures(results: Path) -> dict[str, plt.Figure]:
+    """The figures of profiles/laptop.yaml, by name."""
+    sampled, runs, lambdas, budget = of_profile(results / "laptop")
+    positions, curves = (read_runs(results / "laptop" / name) for name in ("positions", "training"))
+    prices, target = pd.read_csv(results / "smollm2" / "ceiling.csv"), read_yaml(EXPERIMENTS)["claims"]["target"]
+    return of_one(sampled, runs, prices, positions, curves, looks(runs, lambdas), budget, target)
+
+
+def of_one(sampled, runs, prices, positions, curves, style: Style, budget: float, target: float) -> dict:
+    """The figures of an experiment at one budget, by name, from its tables."""
+    return {
+        "ceiling": ceiling(kept(sampled, runs, target), prices, style, budget, target),
+        "frontier": frontier(points_by_budget(sampled, runs, budget), style, target),
+        "cost_by_position": cost_by_position(positions, style, budget),
+        "cost_distribution": cost_distribution(sampled, style, budget, target),
+        "training": training(curves, style),
     }
 
 

@@ -1,4 +1,4 @@
-"""One command for a machine with a GPU: `make gpu PROFILE=colab` trains and measures a profile and judges C4 or C5.
+"""One command for a machine with a GPU: `make gpu PROFILE=gsm8k` trains and measures a profile and judges C4 or C5.
 
 Before weights load the memory is summed and checked; after two steps of a run the time that is left is said; what is
 finished is not done again, and an interrupted run goes on. results/PROFILE is then ready to commit.

@@ -7,8 +7,8 @@ from pathlib import Path
 import pandas as pd
 
 from cmdp.storage import read, read_yaml, write_text
-from replication.experiments import RESULTS, gather, rows
-from replication.tables import percent, spelled
+from replication.experiments import EXPERIMENTS, RESULTS, gather, rows
+from replication.tables import equal_csr, of_profile, percent, spelled
 from replication.theory import OURS
 from replication.theory import tables as theory
 
@@ -43,8 +43,8 @@ def filled(path: Path, results: Path = RESULTS) -> str:
 def markdown(table: pd.DataFrame, titles: dict[str, str]) -> str:
     """The columns `titles` of a table in Markdown: texts as they are, shares in per cent."""
     shown = table[[*titles]].map(lambda value: value if isinstance(value, str) else f"{100 * value:z.1f}")
-    lines = titles.values(), ["---"] * len(titles), *shown.to_numpy()
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    head, *rows = (f"| {' | '.join(line)} |" for line in (titles.values(), *shown.to_numpy()))
+    return "\n".join([head, f"|{'---|' * len(titles)}", *rows])
 
 
 def wide(table: pd.DataFrame, index: str, columns: str, value: str = "mean") -> pd.DataFrame:
@@ -86,11 +86,20 @@ def gain_table(results: Path) -> str:
     return markdown(table.assign(within=within, gain=percent(table, "difference", spec="+.1f"), exact=exact), titles)
 
 
-def claims_table(results: Path, columns: tuple[str, ...] = ("evidence", "conditions")) -> str:
-    """The claims with their verdicts, and with `columns` of results/claims.csv."""
+def verdicts_table(results: Path) -> str:
+    """The claims by their verdicts: a row per verdict."""
+    claims = pd.read_csv(results / "claims.csv")
+    texts = (claims["id"] + ": " + claims["claim"].str.removeprefix("ours: ")).groupby(claims["verdict"], sort=False)
+    table = texts.agg("; ".join).rename("claims").reset_index()
+    return markdown(table.assign(verdict="**" + table["verdict"] + "**"), {"verdict": "here", "claims": "claims"})
+
+
+def claims_table(results: Path) -> str:
+    """The claims with their verdicts, evidence and conditions."""
     claims = pd.read_csv(results / "claims.csv")
     titles = {"id": "", "claim": "claim", "published": "published", "verdict": "verdict here"}
-    return markdown(claims.assign(verdict="**" + claims["verdict"] + "**"), titles | {name: name for name in columns})
+    titles |= {name: name for name in ("evidence", "conditions")}
+    return markdown(claims.assign(verdict="**" + claims["verdict"] + "**"), titles)
 
 
 def study_table(results: Path) -> str:
@@ -161,27 +170,50 @@ def theory_table(results: Path) -> str:
     )
 
 
-def laptop_table(results: Path) -> str:
-    """The measures of profiles/laptop.yaml: a row per run, and what it was run on."""
-    folder, columns = results / "laptop", {name: COLUMNS[name] for name in ("accuracy", "greedy_accuracy", "csr")}
-    columns |= {"kl_per_token": "nats per token", "cost": COLUMNS["cost"]}
-    times = pd.read_csv(folder / "timing.csv", index_col="run").map("{:.2g}".format, na_action="ignore")
-    times = times.rename(columns=lambda name: f"{name.removeprefix('time/')} (s)")
-    summary = pd.read_csv(folder / "summary.csv").join(times, on="run").fillna("-")
-    memory, made = [*map(read, sorted((folder / "memory").glob("*/*.json")))], read(folder / "provenance.json")
-    taken, summed = (max(entry[key] for entry in memory) for key in ("taken_gib", "summed_gib"))
-    profile = read_yaml(folder / "profile.yaml")
-    train, evaluated = profile["train"], profile["evaluate"]
+def laptop_table(results: Path, name: str = "laptop") -> str:
+    """The measures of profiles/laptop.yaml in the folder `name`: a row per run, and how they were taken."""
+    summary, profile = pd.read_csv(results / name / "summary.csv"), read_yaml(results / name / "profile.yaml")
+    train, evaluated, device = profile["train"], profile["evaluate"], read(results / name / "provenance.json")["device"]
     batch = train["per_device_train_batch_size"] * train.get("gradient_accumulation_steps", 1)
-    threads = f", {memory[0]['threads']} thread(s) per run" if made["device"] == made["processor"] else ""
-    form = "nats per token" if profile["budget"]["budget_form"] == "per_token" else "nats"
+    columns = {measure: COLUMNS[measure] for measure in ("accuracy", "csr", "greedy_accuracy", "cost")}
+    summary = summary.sort_values("run", key=lambda runs: runs.map([*profile["runs"]].index), kind="stable")
     return (
-        f"{measures_table(summary, columns, tuple(times))}\n\n{train['max_steps']} steps of {batch} completions of at "
-        f"most {train['max_completion_length']} tokens, timed per step; a budget of {profile['budget']['budget']} "
-        f"{form}; {evaluated['prompts']} held-out prompts, {evaluated['samples']} completions each; seeds: "
-        f"{summary['seeds'].max()}; in brackets 95 % bootstrap intervals. On {memory[0]['device']}{threads}; memory "
-        f"{taken:.1f} GiB, {summed:.1f} by the sum."
+        f"{measures_table(summary, columns)}\n\n{train['max_steps']} steps of {batch} completions; "
+        f"{evaluated['prompts']} held-out prompts, {evaluated['samples']} completions each, and a greedy one; seeds: "
+        f"{summary['seeds'].max()}; on {device}."
     )
+
+
+def laptop_equal_table(results: Path) -> str:
+    """The laptop's constrained methods against its soft Lagrangians at equal CSR: a row per method."""
+    target = read_yaml(EXPERIMENTS)["claims"]["target"]
+    table = equal_csr(*of_profile(results / "laptop"), target)
+    curve = percent(table, "difference", spec="+.1f").mask(table["place"] == "looser", "looser than every λ")
+    titles = {"run": "run", "accuracy": "accuracy (%)", "csr": "CSR (%)", "curve": "points more than soft at its CSR"}
+    return markdown(table.assign(curve=curve), titles)
+
+
+def laptop_costs_table(results: Path) -> str:
+    """What a step of profiles/laptop.yaml takes: a row per machine, its median over all runs."""
+    titles, rows = {"device": "on", "generation": "generation (s)", "scoring": "scoring (s)"}, []
+    titles |= {"update": "update (s)", "taken_gib": "memory (GiB)", "summed_gib": "by the sum (GiB)"}
+    for folder in (results / "laptop-cpu", results / "laptop"):
+        memory = pd.DataFrame([read(path) for path in sorted((folder / "memory").glob("*/*.json"))])
+        times = pd.read_csv(folder / "timing.csv").filter(like="time/").median().map("{:.2g}".format)
+        most = memory[["taken_gib", "summed_gib"]].max().map("{:.1f}".format)
+        rows.append(
+            {"device": memory["device"].iloc[0]} | times.rename(lambda name: name[5:]).to_dict() | most.to_dict()
+        )
+    return markdown(pd.DataFrame(rows), titles)
+
+
+def gpu_table(results: Path) -> str:
+    """What training took on a GPU, next to its memory sum: a row per check of tests/gpu.py that trains."""
+    table = pd.read_csv(results / "gpu" / "checks.csv").dropna(subset="sum_gib")
+    seconds = table[["generation_s", "scoring_s", "update_s"]].sum(axis=1)
+    titles = {"check": "profile", "sum_gib": "sum (GiB)", "reserved_gib": "reserved (GiB)", "step": "a step (s)"}
+    numbers = {name: table[name].map("{:.1f}".format) for name in ("sum_gib", "reserved_gib")}
+    return markdown(table.assign(**numbers, step=seconds.map("{:.0f}".format)), titles)
 
 
 def laptop_ceiling_table(results: Path) -> str:
@@ -219,7 +251,7 @@ def laptop_examples_table(results: Path, count: int = 4, seed: int = 0) -> str:
 
 
 FILES: dict[str, dict[str, Callable[[Path], str]]] = {
-    "README.md": {"gain": gain_table, "results": default_table, "verdicts": partial(claims_table, columns=())},
+    "README.md": {"gain": gain_table, "results": default_table, "laptop": laptop_table, "verdicts": verdicts_table},
     "docs/study.md": {
         "contest": contest_table,
         "study": study_table,
@@ -233,7 +265,11 @@ FILES: dict[str, dict[str, Callable[[Path], str]]] = {
         "tasks": laptop_tasks_table,
         "ceiling": laptop_ceiling_table,
         "laptop": laptop_table,
+        "equal": laptop_equal_table,
+        "costs": laptop_costs_table,
+        "cpu": partial(laptop_table, name="laptop-cpu"),
         "nats": laptop_nats_table,
         "examples": laptop_examples_table,
+        "gpu": gpu_table,
     },
 }

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from cmdp.statistics import MANY_RESAMPLES, RESAMPLES, bootstrap, bounds, cells, interval, summarise, with_budget
-from cmdp.storage import provenance, read_yaml, write_json, write_table
+from cmdp.storage import provenance, read_runs, read_yaml, write_json, write_table
 from replication import ceiling
 from replication.experiments import EXPERIMENTS, PARAMS, RESULTS, Row, gather, rows
 from replication.tune import MEASURED
@@ -103,6 +103,16 @@ def read_completions(results: Path = RESULTS, part: str | None = None) -> pd.Dat
     completions, exact = (gather(name, rows(part=part), results / "runs") for name in ("completions", "exact"))
     completions = completions.merge(exact[["run", "seed", "prompt", "right"]], on=["run", "seed", "prompt"])
     return completions.assign(accurate=completions["right"] + completions["correct"] - completions["valid"])
+
+
+def of_profile(folder: Path) -> tuple[pd.DataFrame, dict[str, Row], dict[str, float], float]:
+    """What a profile left in `folder`, as the study's: its sampled completions, its runs by name, lambda of each of its
+    soft Lagrangians in their order, and its budget. An accuracy is a mean over samples, with no control variate."""
+    profile, completions = read_yaml(folder / "profile.yaml"), read_runs(folder / "completions")
+    runs = {run: Row(run, row["method"], profile["seeds"], name=run) for run, row in profile["runs"].items()}
+    lambdas = {run: profile["runs"][run]["lam"] for run, row in runs.items() if row.method == "gkd-grpo"}
+    sampled = completions[completions["decoding"] == "sampled"]
+    return sampled.assign(accurate=sampled["correct"]), runs, lambdas, profile["budget"]["budget"]
 
 
 def summary(completions: pd.DataFrame, runs: dict[str, Row], budget: float) -> pd.DataFrame:

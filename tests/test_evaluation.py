@@ -126,6 +126,15 @@ def test_a_completion_ends_at_every_end_token_of_the_model(student, tokenizer):
     assert student.generation_config.eos_token_id == [tokenizer.eos_token_id, 7]
 
 
+def test_the_head_reads_contiguous_states_while_generating_and_no_longer(student, tokenizer):
+    """Of a slice a CPU would copy a frozen bfloat16 head once per row."""
+    read = []
+    student.lm_head.register_forward_hook(lambda _, inputs, __: read.append(inputs[0].is_contiguous()))
+    generate(student, tokenizer, [problem["prompt"] for problem in PROBLEMS], True, LENGTH)
+    assert all(read)
+    assert not student.lm_head._forward_pre_hooks
+
+
 def test_a_task_needs_a_verifier_and_a_step_checker_and_no_more(student, teacher, tokenizer):
     completions, _ = measure(student, teacher, tokenizer)
     measured = ["correct", "valid", "tokens", "truncated", "entropy", "cost", "peak", "completion"]

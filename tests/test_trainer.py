@@ -1113,3 +1113,12 @@ def test_a_head_with_too_few_rows_is_refused_by_name(student, teacher, tokenizer
 def test_settings_without_a_meaning_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         CMDPConfig(**{**COMMON, "output_dir": str(tmp_path), "loss_type": "dapo", "num_generations": 4, **options})
+
+
+def test_the_head_reads_contiguous_states_while_generating_and_no_longer(student, teacher, tokenizer, tmp_path):
+    trainer, states = build(student, teacher, tokenizer, tmp_path, generate=True), []
+    student.lm_head.register_forward_hook(lambda _, inputs, __: states.append(inputs[0]))
+    trainer._generate(PROMPTS * 4)
+    assert states
+    assert all(state.is_contiguous() for state in states)
+    assert not student.lm_head._forward_pre_hooks

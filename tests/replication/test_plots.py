@@ -213,8 +213,18 @@ def test_a_missing_table_is_one_clear_line_and_leaves_the_figures_alone(results,
 
 
 def test_figures_of_another_subject_are_refused():
-    with pytest.raises(ValueError, match="There are figures of default, study, theory, not of 'studdy'"):
+    with pytest.raises(ValueError, match="There are figures of default, study, theory and laptop, not of 'studdy'"):
         plots.draw("studdy")
+
+
+def test_the_laptops_figures_show_what_its_summary_says(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    drawn = plots.laptop_figures(Path("results"))
+    assert tuple(drawn) == FIGURES["default"]
+    mean = pd.read_csv("results/laptop/summary.csv").pivot(index="run", columns="measure", values="mean")
+    found = points(drawn["frontier"].axes[0])
+    for run in ("sft", "grpo", "gkd", "cmdp", "cmdp-chance"):
+        assert found[run] == pytest.approx(mean.loc[[run], ["csr", "accuracy"]].to_numpy(), abs=1e-5)
 
 
 # ---- what nats buy ----

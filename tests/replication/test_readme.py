@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from cmdp.storage import read_yaml, write_json
+from cmdp.storage import read_yaml, write_json, write_table, write_text
 from replication import readme
 from replication.experiments import gather, rows
 from replication.theory.tables import sampled_learners
@@ -89,29 +89,53 @@ def test_the_default_table_states_the_sizes_of_its_models(here):
     assert text.endswith(f"The student has {sizes['sft']:,} parameters, the teacher {sizes['teacher']:,}.")
 
 
-def test_the_laptop_table_says_what_was_measured_and_on_what(tmp_path):
-    folder = tmp_path / "laptop"
-    folder.mkdir()
-    profile = read_yaml(ROOT / "profiles" / "laptop.yaml")
-    (folder / "profile.yaml").write_text(yaml.safe_dump(profile))
-    measures = {"accuracy": 0.25, "csr": 0.5, "kl_per_token": 0.1234, "cost": 12.0}
-    lines = [(run, name, value, value / 2, value * 2) for run in ("sft", "gkd") for name, value in measures.items()]
-    summary = pd.DataFrame(lines, columns=["run", "measure", "mean", "low", "high"])
-    summary = summary.assign(seeds=1)
-    summary.to_csv(folder / "summary.csv", index=False)
-    times = {"run": ["gkd"], "time/generation": [9.6], "time/scoring": [5.2], "time/update": [20]}
-    pd.DataFrame(times).to_csv(folder / "timing.csv", index=False)
-    for run, taken in (("sft", 1.0), ("gkd", 4.7)):
-        memory = {"device": "a processor", "threads": 1, "summed_gib": 6.4, "taken_gib": taken}
-        write_json(memory, folder / "memory" / run / "0.json")
-    write_json({"device": "a processor", "processor": "a processor"}, folder / "provenance.json")
-    text = readme.laptop_table(tmp_path)
-    shown = "25.0 [12.5, 50.0] | - | 50.0 [25.0, 100.0] | 0.123 [0.062, 0.247] | 12.00 [6.00, 24.00] |"
-    assert f"| sft | - | - | - | {shown}" in text
-    assert f"| gkd | 9.6 | 5.2 | 20 | {shown}" in text
-    batch = profile["train"]["per_device_train_batch_size"] * profile["train"]["gradient_accumulation_steps"]
-    assert f"{profile['train']['max_steps']} steps of {batch} completions" in text
-    assert "On a processor, 1 thread(s) per run; memory 4.7 GiB, 6.4 by the sum" in text
+@pytest.fixture
+def laptop(tmp_path) -> Path:
+    """Results of the laptop profile, on a processor, with two runs; the same on a GPU as laptop."""
+    profile, measures = read_yaml(ROOT / "profiles" / "laptop.yaml"), {"accuracy": 0.25, "csr": 0.5, "cost": 12.0}
+    lines = [(run, name, value, value / 2, value * 2, 1) for run in ("gkd", "sft") for name, value in measures.items()]
+    times = {"run": ["gkd", "grpo"], "time/generation": [9.6, 9.8], "time/scoring": [5.2, 5.2], "time/update": [20, 30]}
+    for name, device in (("laptop-cpu", "a processor"), ("laptop", "a GPU")):
+        write_text(yaml.safe_dump(profile, sort_keys=False), tmp_path / name / "profile.yaml")
+        summary = pd.DataFrame(lines, columns=["run", "measure", "mean", "low", "high", "seeds"])
+        write_table(summary, tmp_path / name / "summary.csv")
+        write_table(pd.DataFrame(times), tmp_path / name / "timing.csv")
+        write_json({"device": device}, tmp_path / name / "provenance.json")
+        for run, taken in (("sft", 1.0), ("gkd", 4.7)):
+            memory = {"device": device, "threads": 1, "summed_gib": 6.4, "taken_gib": taken}
+            write_json(memory, tmp_path / name / "memory" / run / "0.json")
+    return tmp_path
+
+
+def test_the_laptop_table_says_what_was_measured_and_on_what(laptop):
+    train = read_yaml(ROOT / "profiles" / "laptop.yaml")["train"]
+    lines = readme.laptop_table(laptop, "laptop-cpu").splitlines()
+    shown = "25.0 [12.5, 50.0] | 50.0 [25.0, 100.0] | - | 12.00 [6.00, 24.00] |"
+    assert lines[2:4] == [f"| sft | {shown}", f"| gkd | {shown}"]  # in the profile's order
+    batch = train["per_device_train_batch_size"] * train["gradient_accumulation_steps"]
+    assert lines[-1].startswith(f"{train['max_steps']} steps of {batch} completions; 150 held-out prompts, 4 comp")
+    assert lines[-1].endswith("seeds: 1; on a processor.")
+
+
+def test_the_laptops_costs_are_a_row_per_machine(laptop):
+    assert readme.laptop_costs_table(laptop).splitlines()[2:] == [
+        "| a processor | 9.7 | 5.2 | 25 | 4.7 | 6.4 |",
+        "| a GPU | 9.7 | 5.2 | 25 | 4.7 | 6.4 |",
+    ]
+
+
+def test_verdicts_are_grouped_and_none_is_lost(here):
+    claims, text = pd.read_csv("results/claims.csv"), readme.verdicts_table(Path("results"))
+    for _, row in claims.iterrows():
+        (line,) = [line for line in text.splitlines() if f"{row['id']}: " in line]
+        assert line.startswith(f"| **{row['verdict']}** | ")
+
+
+def test_a_gpus_checks_stand_beside_their_sums(tmp_path):
+    table = pd.DataFrame({"check": ["kernels", "colab"], "sum_gib": [None, 6.57], "reserved_gib": [None, 6.0]})
+    table[["generation_s", "scoring_s", "update_s"]] = [[None] * 3, [14.9, 2.5, 4.5]]
+    write_table(table, tmp_path / "gpu" / "checks.csv")
+    assert readme.gpu_table(tmp_path).splitlines()[2:] == ["| colab | 6.6 | 6.0 | 22 |"]
 
 
 # ---- what the prose says, which no command writes ----
@@ -145,3 +169,15 @@ def test_what_is_said_of_the_learners_on_trees_is_so():
     assert ours["of_optimum_gain_low"] > 0
     assert ours["of_optimum"] > 0.98
     assert ours["csr"] > 0.99
+
+
+def test_what_is_said_of_the_laptops_students_is_so():
+    table = pd.read_csv(ROOT / "results" / "laptop" / "summary.csv").pivot(index="run", columns="measure")
+    accuracy, csr = table["mean"]["accuracy"], table["mean"]["csr"]
+    assert round(100 * (accuracy["grpo"] - accuracy["sft"])) == 29
+    assert 0.5 < csr["grpo"] < csr["cmdp"] < 0.65  # two of five leave the budget; the paper's form hardly fewer
+    assert csr["gkd"] > 0.99
+    assert table["low"]["accuracy"]["gkd"] < accuracy["sft"]  # gains nothing
+    share = pd.read_csv(ROOT / "results" / "laptop" / "ceiling.csv").set_index("run")["share"]
+    assert share.idxmax() == "cmdp-chance"
+    assert csr["cmdp-chance"] < 0.95
