@@ -10,6 +10,7 @@ from test_models import write_model
 from cmdp.train import read
 from replication import profile
 
+ROOT = Path(__file__).parents[2]
 ROWS = [{"prompt": prompt, "answer": "#### 1"} for prompt in ("a b", "b c", "c d", "d a", "a c", "b d")]
 
 
@@ -57,6 +58,25 @@ def test_one_command_trains_measures_and_judges_and_is_not_repeated(here, capsys
     assert "for the rest of this run" in said.err  # from a measured step
     profile.run("tiny")
     assert "is finished" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["colab", "gsm8k"])
+def test_the_profiles_run_as_they_stand_on_small_models(here, name):
+    """All methods, LoRA and 4 bits as the profile says; other models, fewer prompts, steps and tokens."""
+    own = yaml.safe_load((ROOT / "profiles" / f"{name}.yaml").read_text())
+    tiny = yaml.safe_load(Path("profiles/tiny.yaml").read_text())
+    for role in ("student", "teacher"):
+        own[role] |= tiny[role]
+    for section in ("task", "train", "evaluate"):
+        own[section] |= tiny[section]
+    own["train"]["gradient_accumulation_steps"] = 2  # a batch of all four prompts
+    Path(f"profiles/{name}.yaml").write_text(yaml.safe_dump(own | {"seeds": [0]}))
+    profile.run(name)
+    assert set(pd.read_csv(f"results/{name}/summary.csv")["run"]) == set(own["runs"])
+    table = pd.read_csv(f"results/{name}/claims.csv")
+    assert list(table["id"]) == ["C4"]
+    assert table["verdict"][0] in ("replicated", "not replicated", "inconclusive")
 
 
 def completions(costs: dict[str, float], right: dict[str, float], prompts: int = 200) -> pd.DataFrame:
