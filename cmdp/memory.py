@@ -18,10 +18,10 @@ from cmdp.storage import processor
 GIB = 2**30
 # nf4: half a byte per weight, an 8-bit scale per 64 weights, a float32 per 256 scales
 FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
-OVERHEAD = {"cuda": 1.0 * GIB, "cpu": 0.7 * GIB}  # CUDA context, workspaces, fragmentation; or Python's libraries
+OVERHEAD = {"cuda": 1.2 * GIB, "cpu": 0.7 * GIB}  # CUDA context, workspaces, fragmentation; or Python's libraries
 TILE = (4096, 32768)  # tokens by vocabulary of TRL's kernels, in float32
-# Tiles at a time, and activations by what autograd saves; fitted to the peaks of three processes. On a CPU by the bytes
-# of its dtype: what is freed in between is hardly used again, the less the smaller the pieces.
+# Tiles at a time, and activations by what autograd saves; on a CPU, which seldom uses freed memory again, by the size
+# of its dtype. Fitted to the peaks of three processes.
 TILES = {"cuda": 3, "cpu": 8}
 KEPT = {"cuda": 1.0, 4: 1.5, 2: 1.9}
 PHASES = ("generation", "scoring", "update")

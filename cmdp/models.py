@@ -279,8 +279,8 @@ def without_peft(model: torch.nn.Module) -> PreTrainedModel:
 
 @contextlib.contextmanager
 def whole_states(model: torch.nn.Module):
-    """While a model generates, let its head read contiguous states: of a slice, the last position of a prompt, a CPU
-    multiplies with a copy of a frozen head for each row."""
+    """While a model generates, its head reads contiguous states. Of a slice, such as each prompt's last position, a CPU
+    would copy a frozen head once per row."""
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     try:
         yield

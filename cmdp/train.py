@@ -112,13 +112,14 @@ class Experiment:
 
 
 def read(path: Path, *overrides: str) -> Experiment:
-    """The experiment in a parameter file, with `overrides` such as "train.max_steps=5", checked.
+    """The experiment in a parameter file, with `overrides` such as "train.max_steps=5", checked. Its name, and so its
+    folders, are the file's unless `name` says another.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: an unknown section, field, method or task, or a value of the wrong type or range; one line.
     """
-    return build(storage.read_yaml(path, *overrides) | {"name": path.stem}, str(path))
+    return build({"name": path.stem} | storage.read_yaml(path, *overrides), str(path))
 
 
 def build(content: dict[str, Any], path: str) -> Experiment:

@@ -23,7 +23,7 @@ STAGES = {  # stage: the function it calls, what it does, and whether it takes a
     "laptop-start": ("laptop:start", "train a start adapter, teacher or student: results/smollm2/NAME", True),
     "laptop-keep": ("laptop:keep", "keep the adapter that a run trained, in bfloat16: results/smollm2/NAME", True),
     "laptop-ceiling": ("laptop:write_ceiling", "what a budget buys of it: results/smollm2/ceiling.csv", False),
-    "laptop-account": ("laptop:write_account", "what its students' nats bought: results/laptop/ceiling.csv", False),
+    "laptop-account": ("laptop:write_account", "what its students' nats bought: results/NAME/ceiling.csv", True),
     "laptop-knows": ("laptop:measure_tasks", "what SmolLM2-135M knows: results/smollm2/tasks.csv", False),
     "profile": ("profile:run", "train and measure profiles/NAME.yaml and judge C4 or C5 on it: results/NAME", True),
     "keys": ("experiments:print_keys", "print the runs of a part, or the entries of tuning, as a pattern", True),

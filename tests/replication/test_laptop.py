@@ -75,7 +75,8 @@ def test_the_experiment_is_contested():
     """Reward and closeness conflict, and the teacher leaves room (method, section 11)."""
     chains = pd.read_csv(ROOT / laptop.START / "chains.csv").to_numpy()
     assert 0.3 < chains.prod(axis=1).mean() < 0.6
-    mean = pd.read_csv(ROOT / "results" / "laptop" / "summary.csv").pivot(index="run", columns="measure", values="mean")
+    summary = pd.read_csv(ROOT / "results" / "laptop-gpu" / "summary.csv")
+    mean = summary.pivot(index="run", columns="measure", values="mean")
     assert mean.loc["grpo", "accuracy"] > mean.loc["sft", "accuracy"] + 0.1
     assert mean.loc["grpo", "csr"] < mean.loc["sft", "csr"] - 0.2
     assert mean.loc["gkd", "csr"] > 0.95

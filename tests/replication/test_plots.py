@@ -221,7 +221,7 @@ def test_the_laptops_figures_show_what_its_summary_says(monkeypatch):
     monkeypatch.chdir(ROOT)
     drawn = plots.laptop_figures(Path("results"))
     assert tuple(drawn) == FIGURES["default"]
-    mean = pd.read_csv("results/laptop/summary.csv").pivot(index="run", columns="measure", values="mean")
+    mean = pd.read_csv("results/laptop-gpu/summary.csv").pivot(index="run", columns="measure", values="mean")
     found = points(drawn["frontier"].axes[0])
     for run in ("sft", "grpo", "gkd", "cmdp", "cmdp-chance"):
         assert found[run] == pytest.approx(mean.loc[[run], ["csr", "accuracy"]].to_numpy(), abs=1e-5)

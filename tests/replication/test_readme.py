@@ -91,11 +91,11 @@ def test_the_default_table_states_the_sizes_of_its_models(here):
 
 @pytest.fixture
 def laptop(tmp_path) -> Path:
-    """Results of the laptop profile, on a processor, with two runs; the same on a GPU as laptop."""
+    """Results of the laptop profile, on a processor, with two runs; the same on a GPU as laptop-gpu."""
     profile, measures = read_yaml(ROOT / "profiles" / "laptop.yaml"), {"accuracy": 0.25, "csr": 0.5, "cost": 12.0}
     lines = [(run, name, value, value / 2, value * 2, 1) for run in ("gkd", "sft") for name, value in measures.items()]
     times = {"run": ["gkd", "grpo"], "time/generation": [9.6, 9.8], "time/scoring": [5.2, 5.2], "time/update": [20, 30]}
-    for name, device in (("laptop-cpu", "a processor"), ("laptop", "a GPU")):
+    for name, device in (("laptop", "a processor"), ("laptop-gpu", "a GPU")):
         write_text(yaml.safe_dump(profile, sort_keys=False), tmp_path / name / "profile.yaml")
         summary = pd.DataFrame(lines, columns=["run", "measure", "mean", "low", "high", "seeds"])
         write_table(summary, tmp_path / name / "summary.csv")
@@ -109,7 +109,7 @@ def laptop(tmp_path) -> Path:
 
 def test_the_laptop_table_says_what_was_measured_and_on_what(laptop):
     train = read_yaml(ROOT / "profiles" / "laptop.yaml")["train"]
-    lines = readme.laptop_table(laptop, "laptop-cpu").splitlines()
+    lines = readme.laptop_table(laptop, "laptop").splitlines()
     shown = "25.0 [12.5, 50.0] | 50.0 [25.0, 100.0] | - | 12.00 [6.00, 24.00] |"
     assert lines[2:4] == [f"| sft | {shown}", f"| gkd | {shown}"]  # in the profile's order
     batch = train["per_device_train_batch_size"] * train["gradient_accumulation_steps"]
@@ -172,12 +172,12 @@ def test_what_is_said_of_the_learners_on_trees_is_so():
 
 
 def test_what_is_said_of_the_laptops_students_is_so():
-    table = pd.read_csv(ROOT / "results" / "laptop" / "summary.csv").pivot(index="run", columns="measure")
+    table = pd.read_csv(ROOT / "results" / "laptop-gpu" / "summary.csv").pivot(index="run", columns="measure")
     accuracy, csr = table["mean"]["accuracy"], table["mean"]["csr"]
     assert round(100 * (accuracy["grpo"] - accuracy["sft"])) == 29
     assert 0.5 < csr["grpo"] < csr["cmdp"] < 0.65  # two of five leave the budget; the paper's form hardly fewer
     assert csr["gkd"] > 0.99
     assert table["low"]["accuracy"]["gkd"] < accuracy["sft"]  # gains nothing
-    share = pd.read_csv(ROOT / "results" / "laptop" / "ceiling.csv").set_index("run")["share"]
+    share = pd.read_csv(ROOT / "results" / "laptop-gpu" / "ceiling.csv").set_index("run")["share"]
     assert share.idxmax() == "cmdp-chance"
     assert csr["cmdp-chance"] < 0.95
