@@ -5,6 +5,7 @@ Weights, gradients and optimiser states are counted; so are activations, by a fo
 """
 
 import copy
+import ctypes
 import sys
 
 import psutil
@@ -122,6 +123,15 @@ def taken(device: torch.device) -> int:
     import resource  # which Windows lacks
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def release() -> None:
+    """Give back what no name holds any more: to a GPU, and to the system what glibc keeps of it for later."""
+    from accelerate.utils import release_memory
+
+    release_memory()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _skeleton(config, spec: ModelSpec | None = None, layers: int | None = None) -> nn.Module:

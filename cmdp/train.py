@@ -467,7 +467,7 @@ def measure(experiment: Experiment, pair: tuple, seed: int, problems: list[dict]
 
 def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
     """Train and measure `runs` with `seeds`, and sum up all results there are in results/NAME."""
-    from accelerate.utils import release_memory
+    from cmdp.memory import release
 
     results, every = RESULTS / experiment.name, [(run, seed) for run in runs for seed in seeds]
     if int(os.environ.get("RANK", "0")):  # the first process measures
@@ -484,7 +484,7 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
         if record.get("measured_by") == measured_by and (results / "completions" / run / f"{seed}.csv").is_file():
             continue
         completions, positions = measure(experiment, load_trained(experiment, run, seed), seed, problems)
-        release_memory()  # of both models, which no name holds
+        release()  # both models, which no name holds
         texts = completions.query("decoding == 'sampled'")[["prompt", "completion"]]
         texts = texts.assign(prompt=[problems[index]["prompt"] for index in texts["prompt"]])  # what `judge` reads
         training = storage.read(folder / TRAINING).reindex(columns=[*LOGGED, *PHASES]).dropna(subset="csr")

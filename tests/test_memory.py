@@ -1,17 +1,19 @@
 """The memory sum: of the profiles' models as their headers state it, and next to what a process was seen to take."""
 
+import platform
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
 from test_models import LORA, write_adapter, write_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cmdp.memory import FOUR_BIT, GIB, KEPT, check_memory, memory_sum, peak
+from cmdp.memory import FOUR_BIT, GIB, KEPT, check_memory, memory_sum, peak, release
 from cmdp.models import ModelSpec, load_base
 
 ROOT = Path(__file__).parents[1]
@@ -150,6 +152,17 @@ def test_what_cannot_fit_is_refused_with_the_sum():
     check_memory(items, 8 * GIB)
     with pytest.raises(ValueError, match=r"take 7\.0 GiB of memory and this device has 6\.0: update: activations 4\.0"):
         check_memory(items, 6 * GIB)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep less")
+def test_freed_memory_goes_back_to_the_system():
+    torch.ones(2**20)  # freed: from now on glibc takes such sizes from its heap
+    held = [torch.ones(2**20) for _ in range(100)]  # 4 MiB each
+    last, before = held[-1], psutil.Process().memory_info().rss
+    del held
+    release()
+    assert psutil.Process().memory_info().rss < before - 300 * 2**20
+    assert last.sum() == 2**20
 
 
 MEASURE = """
