@@ -21,10 +21,9 @@ GIB = 2**30
 FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
 OVERHEAD = {"cuda": 1.2 * GIB, "cpu": 0.7 * GIB}  # CUDA context, workspaces, fragmentation; or Python's libraries
 TILE = (4096, 32768)  # tokens by vocabulary of TRL's kernels, in float32
-# Tiles at a time, and activations by what autograd saves; on a CPU, which seldom uses freed memory again, by the size
-# of its dtype. Fitted to the peaks of three processes.
+# Tiles at a time, and activations by what autograd saves: a CPU's allocator seldom uses freed memory again; fitted to peaks
 TILES = {"cuda": 3, "cpu": 8}
-KEPT = {"cuda": 1.0, 4: 1.5, 2: 1.9}
+KEPT = {"cuda": 1.0, "cpu": 1.5}
 PHASES = ("generation", "scoring", "update")
 
 
@@ -71,11 +70,11 @@ def memory_sum(
     layer, other = two - one, max(2 * one - two, 0)
     kept = layer * (layers + 1)  # and the gradients of the layer that is being differentiated
     if get("gradient_checkpointing"):
-        kept = layers * batch * tokens * text.hidden_size * size + 2 * layer
+        kept = layers * batch * tokens * text.hidden_size * passed.itemsize + 2 * layer
     tile = 4 * min(batch * length, TILE[0]) * min(vocabulary, TILE[1])
     packed = _packed(model) * student.four_bit + _packed(teacher_model) * teacher.four_bit
     for phase, amount in (("scoring", layer), ("update", kept + other)):
-        items[f"{phase}: activations"] = amount * KEPT[device if device == "cuda" else size]
+        items[f"{phase}: activations"] = amount * KEPT[device]
         items[f"{phase}: logits of both models, in tiles"] = tile * TILES[device]
         if packed:
             items[f"{phase}: a 4-bit layer, unpacked"] = max(packed) * size
