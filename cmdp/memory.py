@@ -21,7 +21,7 @@ GIB = 2**30
 FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
 OVERHEAD = {"cuda": 1.2 * GIB, "cpu": 0.7 * GIB}  # CUDA context, workspaces, fragmentation; or Python's libraries
 TILE = (4096, 32768)  # tokens by vocabulary of TRL's kernels, in float32
-# Tiles at a time, and activations by what autograd saves: a CPU's allocator seldom uses freed memory again; fitted to peaks
+# Tiles at a time, and activations by what autograd saves (a CPU seldom uses freed memory again); fitted to peaks
 TILES = {"cuda": 3, "cpu": 8}
 KEPT = {"cuda": 1.0, "cpu": 1.5}
 PHASES = ("generation", "scoring", "update")
