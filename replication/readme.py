@@ -203,9 +203,9 @@ def laptop_costs_table(results: Path) -> str:
     for folder in (results / "laptop", results / "laptop-gpu"):
         memory = pd.DataFrame([read(path) for path in sorted((folder / "memory").glob("*/*.json"))])
         times = pd.read_csv(folder / "timing.csv").filter(like="time/").median().map("{:.2g}".format)
-        most = memory[["taken_gib", "summed_gib"]].max().map("{:.1f}".format)
+        usual = memory[["taken_gib", "summed_gib"]].median().map("{:.1f}".format)
         rows.append(
-            {"device": memory["device"].iloc[0]} | times.rename(lambda name: name[5:]).to_dict() | most.to_dict()
+            {"device": memory["device"].iloc[0]} | times.rename(lambda name: name[5:]).to_dict() | usual.to_dict()
         )
     return markdown(pd.DataFrame(rows), titles)
 
