@@ -203,7 +203,7 @@ def reached(module: str) -> set[str]:
 def test_every_stage_depends_on_the_code_of_replication_that_it_runs():
     for name, stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items():
         stage = stage.get("do", stage)
-        commands = re.findall(r"python -m replication (\w+) ?(\w*)", str(stage["cmd"]))
+        commands = re.findall(r"python -m replication ([\w-]+) ?(\w*)", str(stage["cmd"]))
         for command, argument in commands:
             module = STAGES[command][0].partition(":")[0]
             if module == "theory" or (command, argument) == ("figures", "theory"):

@@ -45,8 +45,8 @@ def test_before_the_study_has_run_its_tables_stay_as_they_are(here, tmp_path, mo
     (tmp_path / "text.md").write_text(marked(readme.FILES["README.md"]))
     (tmp_path / "runs").symlink_to(ROOT / "results" / "runs")
     text = readme.filled(tmp_path / "text.md", tmp_path)
-    assert text.count("old") == 2
-    for name in ("gain", "verdicts"):
+    assert text.count("old") == 3
+    for name in ("gain", "laptop", "verdicts"):
         assert f"<!-- {name}: generated -->\nold\n" in text
     assert "the table verdicts stays as it is" in capsys.readouterr().out
 
