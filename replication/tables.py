@@ -111,9 +111,8 @@ def of_profile(folder: Path) -> tuple[pd.DataFrame, dict[str, Row], dict[str, fl
     with no control variate."""
     profile, completions = read_yaml(folder / "profile.yaml"), read_runs(folder / "completions")
     runs = {run: Row(run, row["method"], profile["seeds"], name=run) for run, row in profile["runs"].items()}
-    soft = sorted((row["lam"], run) for run, row in profile["runs"].items() if row["method"] == "gkd-grpo")
+    lambdas = in_order({run: row["lam"] for run, row in profile["runs"].items() if row["method"] == "gkd-grpo"})
     sampled = completions[completions["decoding"] == "sampled"]
-    lambdas = {run: lam for lam, run in soft}
     return sampled.assign(accurate=sampled["correct"]), runs, lambdas, profile["budget"]["budget"]
 
 
@@ -157,8 +156,12 @@ def frontier(completions: pd.DataFrame, runs: dict[str, Row], budget: float) -> 
 
 def soft_lambdas(runs: dict[str, Row], chosen: dict[str, dict]) -> dict[str, float]:
     """Lambda of each run on the soft Lagrangian's curve, in the order of lambda."""
-    soft = {run: chosen[runs[run].tuned]["lam"] for run in points(runs) if runs[run].method == "gkd-grpo"}
-    return dict(sorted(soft.items(), key=lambda item: item[1]))
+    return in_order({run: chosen[runs[run].tuned]["lam"] for run in points(runs) if runs[run].method == "gkd-grpo"})
+
+
+def in_order(lambdas: dict[str, float]) -> dict[str, float]:
+    """Runs by their lambda, the smallest first."""
+    return dict(sorted(lambdas.items(), key=lambda item: item[1]))
 
 
 def equal_csr(
