@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
+from cmdp import divergence
 from cmdp.models import ModelSpec, load, lora_config
 from cmdp.storage import processor
 
@@ -21,9 +22,10 @@ GIB = 2**30
 FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
 OVERHEAD = {"cuda": 1.2 * GIB, "cpu": 0.7 * GIB}  # CUDA context, workspaces, fragmentation; or Python's libraries
 TILE = (4096, 32768)  # tokens by vocabulary of TRL's kernels, in float32
-# Tiles at a time, and activations by what autograd saves (a CPU seldom uses freed memory again); fitted to peaks
-TILES = {"cuda": 3, "cpu": 8}
-KEPT = {"cuda": 1.0, "cpu": 1.5}
+# Tiles at a time, TRL's and our own, and activations by what autograd saves; fitted to peaks: a CPU seldom uses freed
+# memory again
+TILES, OWN_TILES = {"cuda": 3, "cpu": 6}, 32
+KEPT = {"cuda": 1.0, "cpu": 1.75}
 PHASES = ("generation", "scoring", "update")
 
 
@@ -71,11 +73,15 @@ def memory_sum(
     kept = layer * (layers + 1)  # and the gradients of the layer that is being differentiated
     if get("gradient_checkpointing"):
         kept = layers * batch * tokens * text.hidden_size * passed.itemsize + 2 * layer
-    tile = 4 * min(batch * length, TILE[0]) * min(vocabulary, TILE[1])
+    if device == "cpu" and get("divergence", "reverse_kl") in divergence.EXACT:
+        tiles = OWN_TILES * min(batch * length * vocabulary, divergence.TILE)
+    else:  # TRL's run over the prompt too on a CPU
+        rows = batch * (length if device == "cuda" else tokens)
+        tiles = TILES[device] * min(rows, TILE[0]) * min(vocabulary, TILE[1])
     packed = _packed(model) * student.four_bit + _packed(teacher_model) * teacher.four_bit
     for phase, amount in (("scoring", layer), ("update", kept + other)):
         items[f"{phase}: activations"] = amount * KEPT[device]
-        items[f"{phase}: logits of both models, in tiles"] = tile * TILES[device]
+        items[f"{phase}: logits of both models, in tiles"] = 4 * tiles
         if packed:
             items[f"{phase}: a 4-bit layer, unpacked"] = max(packed) * size
         if student.four_bit:

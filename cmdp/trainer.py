@@ -302,8 +302,6 @@ class CMDPTrainer(GRPOTrainer):
         modified = rewards.modified_reward(task_weight * task_reward, charged, mask, aim, **terms)
         outputs["advantages"] = self._advantages(modified.reward if long_term else modified.task, cost, mask, aim)
         outputs["single_step_weight"] = modified.weight if args.step_budget is None else modified.weight * (charged > 0)
-        if terms["lam"] == 0:  # no single-step part: the loss needs no teacher
-            del outputs["teacher"]
         if args.mask_truncated_completions:
             self._leave_out_truncated(outputs)
 
@@ -366,20 +364,15 @@ class CMDPTrainer(GRPOTrainer):
         outputs["num_items_in_batch"] = self.accelerator.gather(_loss_mask(outputs).sum()).sum()
 
     def _compute_loss(self, model, inputs):
-        teacher, weight, passes = inputs.get("teacher"), inputs["single_step_weight"], []
+        weight, passes = inputs["single_step_weight"], []
         charged = _loss_mask(inputs) * (weight != 0)
 
         def student(**call):
-            if teacher is None:
-                return model(**call, **positions(self._student, call["attention_mask"]), use_cache=False)
-            passes.append(self._student_pass(model, teacher, charged, **call))
+            passes.append(self._student_pass(model, inputs["teacher"], charged, **call))
             return passes[0][0]
 
         policy_loss = super()._compute_loss(student, inputs)
         self._log_loss("loss/policy", "A log-probability", policy_loss)
-        if teacher is None:
-            self._log("loss/single_step", 0.0)
-            return policy_loss
         output, divergence = passes[0]
         if (self.args.divergence, self.args.reward_form, self.args.step_budget) == ("k1", "lagrangian", None):
             divergence = divergence.detach()  # the mean of its own gradient is 0 where no charge depends on the tokens

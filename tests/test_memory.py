@@ -14,6 +14,7 @@ from test_models import LORA, write_adapter, write_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cmdp.memory import FOUR_BIT, GIB, KEPT, check_memory, memory_sum, peak, release
+from cmdp.methods import METHODS
 from cmdp.models import ModelSpec, load_base
 
 ROOT = Path(__file__).parents[1]
@@ -171,29 +172,30 @@ from pathlib import Path
 from cmdp.models import ModelSpec, load_pair
 from cmdp.train import distil
 import datasets, peft, trl, bitsandbytes  # what a run imports
-student, teacher, out = sys.argv[1:]
+method, student, teacher, out = sys.argv[1:]
 pair = load_pair(ModelSpec(student, lora={}), ModelSpec(teacher), True)
 settings = dict(max_steps=2, per_device_train_batch_size=8, num_generations=4, max_completion_length=96,
-                use_cpu=True, save_strategy="no", budget=0.001, lam=1.0, optim="adamw_torch")
+                use_cpu=True, save_strategy="no", budget=0.001, optim="adamw_torch")
 problems = [{"prompt": " ".join("abcdefgh" * 4), "answer": "a"}] * 4
-distil("cmdp-overshoot", *pair, problems, lambda completions, **_: [0.0] * len(completions), Path(out), False, settings)
+distil(method, *pair, problems, lambda completions, **_: [0.0] * len(completions), Path(out), False, settings)
 print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
 @pytest.mark.slow
-def test_the_sum_is_near_the_peak_of_a_process_that_trains(tmp_path):
+@pytest.mark.parametrize("method", ["cmdp-overshoot", "grpo", "kdrl"])
+def test_the_sum_is_near_the_peak_of_a_process_that_trains(tmp_path, method):
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_hidden_layers": 6}
-    student = write_model(tmp_path / "student", "llama", 0, rows=8192, **sizes)
-    teacher = write_model(tmp_path / "teacher", "llama", 1, rows=8192, **sizes | {"num_hidden_layers": 12})
-    command = [sys.executable, "-c", MEASURE, student, teacher, str(tmp_path / "out")]
+    student = write_model(tmp_path / "student", "llama", 0, rows=32768, **sizes)
+    teacher = write_model(tmp_path / "teacher", "llama", 1, rows=32768, **sizes | {"num_hidden_layers": 12})
+    command = [sys.executable, "-c", MEASURE, method, student, teacher, str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     measured = float(done.stdout.rpartition("PEAK")[2])
     items = memory_sum(
         ModelSpec(student, lora={}),
         ModelSpec(teacher),
-        {"per_device_train_batch_size": 8, "max_completion_length": 96},
+        {"per_device_train_batch_size": 8, "max_completion_length": 96, **METHODS[method]},
         32,
         "cpu",
         torch.float32,

@@ -148,7 +148,7 @@ def test_padding_moves_no_learned_position_of_student_or_teacher(tokenizer, tmp_
     student.transformer.register_forward_pre_hook(
         lambda _, __, call: told.append(call["position_ids"]), with_kwargs=True
     )
-    one_step(build(student, teacher, tokenizer, tmp_path, reward_form="lagrangian", lam=0.0))  # without teacher
+    one_step(build(student, teacher, tokenizer, tmp_path, reward_form="lagrangian", lam=0.0))
     assert [sorted(ids[:, 4].tolist()) for ids in told] == 2 * [[2, 2, 2, 2, 4, 4, 4, 4]]  # prompts end
 
 
