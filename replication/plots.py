@@ -124,10 +124,11 @@ def save(figure: plt.Figure, folder: Path, name: str) -> None:
 
 def kept(sampled: pd.DataFrame, runs: dict[str, Row], target: float) -> pd.DataFrame:
     """Of each of the student's runs, at its own or another budget: its `method`, the `nats` within which a share
-    `target` of its completions stay, and its accuracy."""
+    `target` of its completions stay, and its accuracy without luck, which the ceiling knows nothing of: a right answer
+    after slips does not count."""
     methods = shown_as(runs)
     grouped = sampled[sampled["run"].isin(methods)].groupby("run", sort=False)
-    table = pd.DataFrame({"nats": grouped["cost"].quantile(target), "accuracy": grouped["accurate"].mean()})
+    table = pd.DataFrame({"nats": grouped["cost"].quantile(target), "accuracy": grouped["right"].mean()})
     return table.assign(method=table.index.map(methods)).reset_index()
 
 

@@ -19,9 +19,10 @@ ALIKE = 0.05  # C5: the largest difference of CSR that is similar
 JUDGED = {"gsm": "C4", "competition_math": "C5"}  # by task
 
 
-def run(name: str) -> None:
-    """Train and measure all runs of profiles/NAME.yaml, and judge the claim that its task tests: results/NAME."""
-    experiment = train.read(Path("profiles") / f"{name}.yaml")
+def run(name: str, *overrides: str) -> None:
+    """Train and measure all runs of profiles/NAME.yaml, and judge the claim that its task tests: results/NAME.
+    `overrides` are such as "train.max_steps=5"; with "name=other" the results are results/other."""
+    experiment = train.read(Path("profiles") / f"{name}.yaml", *overrides)
     train.run_all(experiment, [*experiment.runs], experiment.seeds)
     folder = train.RESULTS / experiment.name
     table = judged(experiment, read_runs(folder / "completions"))

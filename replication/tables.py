@@ -107,13 +107,14 @@ def read_completions(results: Path = RESULTS, part: str | None = None) -> pd.Dat
 
 def of_profile(folder: Path) -> tuple[pd.DataFrame, dict[str, Row], dict[str, float], float]:
     """What a profile left in `folder`, as the study's: its sampled completions, its runs by name, lambda of each of its
-    soft Lagrangians in the order of lambda, and its budget in nats per trajectory. An accuracy is a mean over samples,
-    with no control variate."""
+    soft Lagrangians in the order of lambda, and its budget in nats per trajectory. `right` and `accurate` are as in
+    `read_completions`, but from the samples."""
     profile, completions = read_yaml(folder / "profile.yaml"), read_runs(folder / "completions")
-    runs = {run: Row(run, row["method"], profile["seeds"], name=run) for run, row in profile["runs"].items()}
+    runs = {run: Row(run, row["method"], profile["seeds"], tuned=run, name=run) for run, row in profile["runs"].items()}
     lambdas = in_order({run: row["lam"] for run, row in profile["runs"].items() if row["method"] == "gkd-grpo"})
     sampled = completions[completions["decoding"] == "sampled"]
-    return sampled.assign(accurate=sampled["correct"]), runs, lambdas, profile["budget"]["budget"]
+    sampled = sampled.assign(accurate=sampled["correct"], right=sampled["correct"] * sampled["valid"])
+    return sampled, runs, lambdas, profile["budget"]["budget"]
 
 
 def summary(completions: pd.DataFrame, runs: dict[str, Row], budget: float) -> pd.DataFrame:

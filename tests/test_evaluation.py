@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import make_gpt2, make_model
 
+from cmdp import evaluation
 from cmdp.divergence import divergence_from_logits
 from cmdp.evaluation import evaluate, generate, score
 
@@ -88,6 +89,16 @@ def test_batches_do_not_change_what_a_completion_costs(student, teacher, tokeniz
             alone = score(student, teacher, len(tokenizer), ids[one], attention[one], mask[one])
             torch.testing.assert_close(alone[0], together[0][one], atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(alone[1], together[1][one], atol=1e-5, rtol=1e-4)
+
+
+def test_scoring_in_parts_changes_nothing(student, teacher, tokenizer, tables, monkeypatch):
+    seen, whole = [], evaluation.score
+    monkeypatch.setattr(evaluation, "score", lambda *given: seen.append(len(given[-1])) or whole(*given))
+    monkeypatch.setattr(evaluation, "WIDEST", 2 * 4 * 17 * 4 * 24)  # two rows of the longest, by the teacher's width
+    for again, table in zip(measure(student, teacher, tokenizer), tables, strict=True):
+        pd.testing.assert_frame_equal(again, table, rtol=1e-5)
+    assert max(seen) in (2, 3)
+    assert sum(seen) == 18
 
 
 def test_padding_moves_no_learned_position(tokenizer):

@@ -283,6 +283,16 @@ def test_every_kind_of_method_trains(small, method):
     assert json.loads((folder / "cmdp.json").read_text())["method"] == method
 
 
+@pytest.mark.parametrize("asked", [[], ["train.bf16=true"]])
+def test_the_device_says_in_which_dtype_a_trainer_computes(small, monkeypatch, asked):
+    """A profile may ask for bf16, which a T4 has not."""
+    given = []
+    monkeypatch.setattr(train, "distil", lambda *arguments: given.append(arguments[-1]) or [])
+    monkeypatch.setattr(train, "pick_dtype", lambda *_: torch.float16)
+    train.train(train.read(small, *asked), "cmdp", 0)
+    assert (given[0]["bf16"], given[0]["fp16"]) == (False, True)
+
+
 def test_prompts_start_once_in_training_and_in_evaluation(small, tmp_path, monkeypatch):
     from tokenizers.processors import TemplateProcessing
 

@@ -64,6 +64,15 @@ def test_no_numbers_are_in_two_splits(splits):
     assert not keys["supervised"] & (keys["train"] | keys["test"])
 
 
+def test_fewer_evaluated_problems_than_training_problems_have_one_step(splits):
+    share = {name: sum(len(equations(row)) == 1 for row in splits[name]) / len(splits[name]) for name in splits}
+    assert round(share["train"], 2) == 0.35
+    steps = (pd.read_csv(ROOT / laptop.START / "chains.csv") < 1).sum(axis=1)
+    assert round((steps == 1).mean(), 2) == 0.09
+    evaluated = splits["test"][: len(steps)]
+    assert steps.tolist() == [len(equations(row)) for row in evaluated]
+
+
 def test_the_ceiling_is_that_of_the_committed_chains():
     folder = ROOT / laptop.START
     p = pd.read_csv(folder / "chains.csv").to_numpy()
@@ -94,13 +103,13 @@ def test_the_kept_adapters_are_the_student_moved(run):
 
 def test_keeping_an_adapter_rounds_it_and_says_what_trained_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    trained, weights = Path("models/laptop/gkd/0"), {"a": torch.randn(3, 5)}
+    trained, weights = Path("models/laptop-gpu/gkd/0"), {"a": torch.randn(3, 5)}
     trained.mkdir(parents=True)
     save_file(weights, trained / "adapter_model.safetensors")
     write_json({"r": 8}, trained / "adapter_config.json")
     write_json({"provenance": {"commit": "abc"}, "memory": {"device": "a GPU"}}, trained / "cmdp.json")
     write_json({"teacher": {"commit": "old"}}, laptop.START / "provenance.json")
-    laptop.keep("gkd")
+    laptop.keep(str(trained))
     kept = load_file(laptop.START / "gkd" / "adapter_model.safetensors")
     assert torch.equal(kept["a"], weights["a"].bfloat16())
     made = read(laptop.START / "provenance.json")

@@ -225,6 +225,13 @@ def test_the_laptops_figures_show_what_its_summary_says(monkeypatch):
     found = points(drawn["frontier"].axes[0])
     for run in ("sft", "grpo", "gkd", "cmdp", "cmdp-chance"):
         assert found[run] == pytest.approx(mean.loc[[run], ["csr", "accuracy"]].to_numpy(), abs=1e-5)
+    soft = mean.loc[["gkd-grpo-weak", "gkd-grpo-strong"], ["csr", "accuracy"]].to_numpy()  # two looks, one line
+    lines = [line.get_xydata() for line in drawn["frontier"].axes[0].lines]
+    assert any(line.shape == soft.shape and np.allclose(line, soft, atol=1e-5) for line in lines)
+    runs, lambdas = tables.of_profile(Path("results/laptop-gpu"))[1:3]
+    style = plots.looks(runs, lambdas)
+    assert style["gkd-grpo-weak"].colour != style["gkd-grpo-strong"].colour
+    assert tables.points(runs) == {run: run for run in runs}
 
 
 # ---- what nats buy ----
