@@ -423,7 +423,7 @@ def fit(experiment: Experiment, run: str) -> dict[str, Any]:
     device has less. Returns what a record says of it."""
     import torch
 
-    from cmdp.memory import GIB, check_memory, device_memory, device_name, memory_sum, peak
+    from cmdp.memory import GIB, check_memory, device_memory, device_name, memory_sum, peak, reset_peak
 
     settings, specs = experiment.settings(run, 0), (experiment.student, experiment.teacher)
     shared_tokenizer(*specs)  # raises if no divergence is defined
@@ -431,8 +431,7 @@ def fit(experiment: Experiment, run: str) -> dict[str, Any]:
     dtype = pick_dtype(device, settings.get("bf16", False))
     if not (longest := experiment.task.get("prompt_length")):
         raise ValueError("task.prompt_length is missing: memory is summed for prompts of so many tokens.")
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_peak(device)
     available = device_memory(device)
     items = memory_sum(*specs, settings, longest, device.type, dtype, available)
     check_memory(items, available)
@@ -480,12 +479,13 @@ def run_all(experiment: Experiment, runs: list[str], seeds: list[int]) -> None:
     for place, (run, seed) in enumerate(every, 1):
         print(f"Run {place} of {len(every)}: {run}, seed {seed}")
         folder = train(experiment, run, seed)
+        release()  # its models, which no name holds
         record = storage.read_record(folder)
         measured_by = storage.fingerprint({"asked": asked, "student": record["fingerprint"]}, [])
         if record.get("measured_by") == measured_by and (results / "completions" / run / f"{seed}.csv").is_file():
             continue
         completions, positions = measure(experiment, load_trained(experiment, run, seed), seed, problems)
-        release()  # both models, which no name holds
+        release()
         texts = completions.query("decoding == 'sampled'")[["prompt", "completion"]]
         texts = texts.assign(prompt=[problems[index]["prompt"] for index in texts["prompt"]])  # what `judge` reads
         training = storage.read(folder / TRAINING).reindex(columns=[*LOGGED, *PHASES]).dropna(subset="csr")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from cmdp.methods import START
 from cmdp.storage import read, read_yaml, write_text
 from replication.experiments import EXPERIMENTS, RESULTS, gather, rows
 from replication.tables import equal_csr, of_profile, percent, spelled
@@ -198,19 +197,26 @@ def laptop_equal_table(results: Path) -> str:
 
 
 def laptop_costs_table(results: Path) -> str:
-    """What a step of profiles/laptop.yaml takes: a row per machine, the median over its runs that train, and the most
-    memory that any of them took."""
+    """What a step of profiles/laptop.yaml takes: a row per machine, the median over its runs."""
     titles, rows = {"device": "on", "generation": "generation (s)", "scoring": "scoring (s)"}, []
-    titles |= {"update": "update (s)", "taken_gib": "memory (GiB)", "summed_gib": "by the sum (GiB)"}
     for folder in (results / "laptop", results / "laptop-gpu"):
-        trained = [path for path in sorted((folder / "memory").glob("*/*.json")) if path.parent.name != START]
-        memory = pd.DataFrame(map(read, trained))
         times = pd.read_csv(folder / "timing.csv").filter(like="time/").median().map("{:.2g}".format)
-        most = memory[["taken_gib", "summed_gib"]].max().map("{:.1f}".format)
-        rows.append(
-            {"device": memory["device"].iloc[0]} | times.rename(lambda name: name[5:]).to_dict() | most.to_dict()
-        )
-    return markdown(pd.DataFrame(rows), titles)
+        device = read(folder / "provenance.json")["device"]
+        rows.append({"device": device} | times.rename(lambda name: name[5:]).to_dict())
+    return markdown(pd.DataFrame(rows), titles | {"update": "update (s)"})
+
+
+def laptop_memory_table(results: Path) -> str:
+    """What training by profiles/laptop.yaml takes, next to its sum: a row per run, on a CPU and on a GPU."""
+    on_gpu = {}
+    for path in sorted((results / "laptop-gpu" / "memory").glob("*/*.json")):
+        on_gpu.setdefault(path.parent.name, []).append(read(path))
+    gpu = pd.DataFrame({run: pd.DataFrame(own)[["taken_gib", "summed_gib"]].max() for run, own in on_gpu.items()}).T
+    table = pd.read_csv(results / "smollm2" / "memory.csv").set_index("run").join(gpu, rsuffix="_gpu")
+    titles = {"run": "run", "taken_gib": "CPU (GiB)", "summed_gib": "by the sum (GiB)"}
+    titles |= {"taken_gib_gpu": "GPU (GiB)", "summed_gib_gpu": "by the sum (GiB)"}
+    shown = table[[*titles][1:]].map("{:.1f}".format)
+    return markdown(shown.reset_index(), titles)
 
 
 def gpu_table(results: Path) -> str:
@@ -292,6 +298,7 @@ FILES: dict[str, dict[str, Callable[[Path], str]]] = {
         "steps": laptop_steps_table,
         "equal": laptop_equal_table,
         "costs": laptop_costs_table,
+        "memory": laptop_memory_table,
         "cpu": partial(laptop_table, name="laptop"),
         "nats": laptop_nats_table,
         "examples": laptop_examples_table,

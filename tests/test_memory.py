@@ -13,7 +13,7 @@ import yaml
 from test_models import LORA, write_adapter, write_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cmdp.memory import FOUR_BIT, GIB, KEPT, check_memory, memory_sum, peak, release
+from cmdp.memory import FOUR_BIT, GIB, KEPT, check_memory, memory_sum, peak, release, reset_peak, taken
 from cmdp.methods import METHODS
 from cmdp.models import ModelSpec, load_base
 
@@ -164,6 +164,15 @@ def test_freed_memory_goes_back_to_the_system():
     release()
     assert psutil.Process().memory_info().rss < before - 100 * 2**20
     assert last.sum() == 2**20
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux counts anew")
+def test_what_a_run_takes_is_counted_from_its_beginning():
+    device, large = torch.device("cpu"), torch.ones(2**27)  # 512 MiB
+    del large
+    before = taken(device)
+    reset_peak(device)
+    assert taken(device) < before - 400 * 2**20
 
 
 MEASURE = """
