@@ -23,7 +23,6 @@ STAGES = {  # stage: the function it calls, what it does, and how many arguments
     "laptop-start": ("laptop:start", "train a start adapter, teacher or student: results/smollm2/NAME", 1),
     "laptop-keep": ("laptop:keep", "keep the adapter in the folder NAME of a run: results/smollm2/RUN", 1),
     "laptop-teacher": ("laptop:measure_teacher", "measure the teacher: results/smollm2/teacher.csv", 0),
-    "laptop-memory": ("laptop:measure_memory", "train each run for three steps: results/smollm2/memory.csv", 0),
     "laptop-ceiling": ("laptop:write_ceiling", "what a budget buys of it: results/smollm2/ceiling.csv", 0),
     "laptop-account": ("laptop:write_account", "what its students' nats bought: results/NAME/ceiling.csv", 1),
     "laptop-knows": ("laptop:measure_tasks", "what SmolLM2-135M knows: results/smollm2/tasks.csv", 0),

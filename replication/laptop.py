@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 
-from cmdp import methods, storage
+from cmdp import storage
 from cmdp.ceiling import account
 from cmdp.models import ModelSpec, lora_config, pick_device, pick_dtype
 from cmdp.statistics import summarise
@@ -187,19 +187,6 @@ def write_ceiling() -> None:
     storage.write_table(p, START / "chains.csv")
     storage.write_table(prices(p.to_numpy()), START / "ceiling.csv")
     note("chains.csv", "ceiling.csv", device=device_name(teacher.device))
-
-
-def measure_memory(steps: int = 3) -> None:
-    """Train each run for a few steps, one after the other: results/smollm2/memory.csv, what it took next to the sum."""
-    from cmdp.memory import release
-    from cmdp.train import read, train
-
-    experiment, rows = read(PROFILE, "name=laptop-memory", f"train.max_steps={steps}"), []
-    for run in [run for run, row in experiment.runs.items() if row["method"] != methods.START]:
-        rows.append({"run": run, **storage.read_record(train(experiment, run, 0))["memory"]})
-        release()
-    storage.write_table(pd.DataFrame(rows), START / "memory.csv")
-    note("memory.csv", device=rows[0]["device"])
 
 
 def measure_teacher() -> None:

@@ -207,16 +207,16 @@ def laptop_costs_table(results: Path) -> str:
 
 
 def laptop_memory_table(results: Path) -> str:
-    """What training by profiles/laptop.yaml takes, next to its sum: a row per run, on a CPU and on a GPU."""
-    on_gpu = {}
-    for path in sorted((results / "laptop-gpu" / "memory").glob("*/*.json")):
-        on_gpu.setdefault(path.parent.name, []).append(read(path))
-    gpu = pd.DataFrame({run: pd.DataFrame(own)[["taken_gib", "summed_gib"]].max() for run, own in on_gpu.items()}).T
-    table = pd.read_csv(results / "smollm2" / "memory.csv").set_index("run").join(gpu, rsuffix="_gpu")
+    """What training by profiles/laptop.yaml took, next to its sum: a row per run, on a CPU and on a GPU the most of all
+    seeds. What sft took, which trains nothing, is left out."""
+    taken = {}
+    for folder in ("laptop", "laptop-gpu"):
+        paths = sorted((results / folder / "memory").glob("*/*.json"))
+        table = pd.DataFrame([{"run": path.parent.name, **read(path)} for path in paths]).query("run != 'sft'")
+        taken[folder] = table.groupby("run")[["taken_gib", "summed_gib"]].max().map("{:.1f}".format)
+    table = taken["laptop"].join(taken["laptop-gpu"], rsuffix="_gpu").reset_index()
     titles = {"run": "run", "taken_gib": "CPU (GiB)", "summed_gib": "by the sum (GiB)"}
-    titles |= {"taken_gib_gpu": "GPU (GiB)", "summed_gib_gpu": "by the sum (GiB)"}
-    shown = table[[*titles][1:]].map("{:.1f}".format)
-    return markdown(shown.reset_index(), titles)
+    return markdown(table, titles | {"taken_gib_gpu": "GPU (GiB)", "summed_gib_gpu": "by the sum (GiB)"})
 
 
 def gpu_table(results: Path) -> str:
