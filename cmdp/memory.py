@@ -136,8 +136,9 @@ def taken(device: torch.device) -> int:
     """Peak bytes of this process, on the GPU or in main memory, since `reset_peak`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    with contextlib.suppress(OSError):
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    status = Path("/proc/self/status")  # what `resource` says cannot be reset
+    if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+)", status.read_text())):
+        return 1024 * int(found[1])
     import resource  # which Windows lacks
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
