@@ -158,6 +158,8 @@ def main() -> None:
     name = arguments.pop("command")
     if name in ("distill", "ceiling"):  # whose arguments are the fields of dataclasses
         arguments["words"] = words
+    elif "overrides" in arguments and not any(word.startswith("-") for word in words):
+        arguments["overrides"] += words  # argparse takes those that stand together alone
     elif words:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
     call(f"cmdp {name}", functions[name], **arguments)

@@ -266,6 +266,18 @@ def test_the_models_of_a_measured_run_are_let_go_before_the_next_trains(small, m
     assert not held
 
 
+def test_overrides_may_stand_on_both_sides_of_options(small, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "run_all", lambda experiment, *which: asked.append((experiment, *which)))
+    command(
+        monkeypatch, "train", "--config", str(small), "name=again", "--run", "cmdp", "train.max_steps=7", "seeds=[4]"
+    )
+    experiment, runs, seeds = asked[0]
+    assert (experiment.name, experiment.train["max_steps"], runs, seeds) == ("again", 7, ["cmdp"], [4])
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "train", "--config", str(small), "name=again", "--runs", "train.max_steps=7")
+
+
 def test_another_vocabulary_is_refused_before_weights_load(small, monkeypatch):
     build_tokenizer(["other", "words"]).save_pretrained("teacher")
     with pytest.raises(SystemExit, match="different vocabularies"):
