@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from cmdp.methods import START
 from cmdp.storage import read, read_yaml, write_text
 from replication.experiments import EXPERIMENTS, RESULTS, gather, rows
 from replication.tables import equal_csr, of_profile, percent, spelled
@@ -208,12 +209,12 @@ def laptop_costs_table(results: Path) -> str:
 
 def laptop_memory_table(results: Path) -> str:
     """What training by profiles/laptop.yaml took, next to its sum: a row per run, on a CPU and on a GPU the most of all
-    seeds. What sft took, which trains nothing, is left out."""
+    seeds. What `START` took, which trains nothing, is left out."""
     taken = {}
     for folder in ("laptop", "laptop-gpu"):
         paths = sorted((results / folder / "memory").glob("*/*.json"))
-        table = pd.DataFrame([{"run": path.parent.name, **read(path)} for path in paths]).query("run != 'sft'")
-        taken[folder] = table.groupby("run")[["taken_gib", "summed_gib"]].max().map("{:.1f}".format)
+        rows = [{"run": path.parent.name, **read(path)} for path in paths if path.parent.name != START]
+        taken[folder] = pd.DataFrame(rows).groupby("run")[["taken_gib", "summed_gib"]].max().map("{:.1f}".format)
     table = taken["laptop"].join(taken["laptop-gpu"], rsuffix="_gpu").reset_index()
     titles = {"run": "run", "taken_gib": "CPU (GiB)", "summed_gib": "by the sum (GiB)"}
     return markdown(table, titles | {"taken_gib_gpu": "GPU (GiB)", "summed_gib_gpu": "by the sum (GiB)"})
